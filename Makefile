@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Both make the environment they need.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit train
+
+# A Python that already has every package (a GPU image, an active environment) is used as it is;
+# otherwise .venv is made from a Python 3.12 or newer.
+READY_PYTHON := $(shell python3 tools/environment.py 2>/dev/null)
+ifeq ($(READY_PYTHON),)
+PYTHON := .venv/bin/python
+ENVIRONMENT := .venv/.ready
+else
+PYTHON := $(READY_PYTHON)
+ENVIRONMENT :=
+endif
+
+# The packages of the machine's own driver, if it has one.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+CUDA := $(if $(DRIVER),$(if $(shell [ $(DRIVER) -ge 580 ] && echo new),$(shell echo ,cuda13),$(shell echo ,cuda12)),)
+# Processes that run tests; on a GPU they share its memory.
+WORKERS := $(if $(DRIVER),8,auto)
+
+help:
+	@echo "make demo   generate text with the example model (ARGS=... for its options, see ARGS=--help)"
+	@echo "make test   lint, types and tests (TESTS=... for some of them)"
+	@echo "make train  train the example model again; wants a GPU"
+
+.venv/.ready: pyproject.toml
+	@base=""; for name in python3.12 python3.13 python3.14 python3 python; do \
+	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then base=$$name; break; fi; \
+	done; \
+	if [ -z "$$base" ]; then echo "jmla needs Python 3.12 or newer on the PATH; found none." >&2; exit 1; fi; \
+	echo "making .venv with $$($$base --version)"; $$base -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(CUDA)]"
+	@touch $@
+
+demo: $(ENVIRONMENT)
+	$(PYTHON) -m examples.decode_loop $(ARGS)
+
+train: $(ENVIRONMENT)
+	$(PYTHON) -m examples.train $(ARGS)
+
+test: lint types unit
+
+lint: $(ENVIRONMENT)
+	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then \
+	  $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .; \
+	else echo "lint skipped: ruff is not installed for $(PYTHON)"; fi
+
+types: $(ENVIRONMENT)
+	@if $(PYTHON) -m mypy --version >/dev/null 2>&1; then $(PYTHON) -m mypy; \
+	else echo "types skipped: mypy is not installed for $(PYTHON)"; fi
+
+unit: $(ENVIRONMENT)
+	$(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
