@@ -1,0 +1,134 @@
+"""The paged cache of one layer: latent rows, and the index keys by which tokens are chosen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jmla.layouts.base import KVLayout, Rows, ScaleFormat
+from jmla.layouts.codec import zero_rows
+from jmla.layouts.index_keys import IndexKeyRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Pages of rows; a token's slot is `page * page_size + offset`.
+
+    Attributes:
+        rows: latent rows of token shape `(num_pages, page_size)`.
+        index_keys: index keys of the same token shape, or None for a layer that has none.
+    """
+
+    rows: Rows
+    index_keys: IndexKeyRows | None = None
+
+    @property
+    def layout(self) -> KVLayout:
+        """How a latent row is stored."""
+        return self.rows.layout
+
+    @property
+    def num_pages(self) -> int:
+        """The number of pages."""
+        return self.rows.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """The number of tokens in a page."""
+        return self.rows.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """The number of tokens the cache can hold."""
+        return self.rows.num_slots
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one latent row and its index key."""
+        index_bytes = 0 if self.index_keys is None else self.index_keys.bytes_per_token
+        return self.rows.bytes_per_token + index_bytes
+
+
+def init_cache(
+    layout: KVLayout,
+    *,
+    num_pages: int,
+    page_size: int = 64,
+    rank: int | None = None,
+    rope_dim: int = 64,
+    scale_format: ScaleFormat = "pow2",
+    index_dim: int | None = None,
+    index_scale_format: ScaleFormat = "fp32",
+    scale: Array | float | None = None,
+) -> Cache:
+    """A cache of zeros.
+
+    Args:
+        layout: how a latent row is stored.
+        num_pages: number of pages, 0 or more.
+        page_size: tokens in a page.
+        rank: number of no-position values; None takes the layout's default (448 for FP8_V4, else
+            512).
+        rope_dim: number of rotary values.
+        scale_format: which scales a block may have; only the block-scale layout looks at it.
+        index_dim: length of an index key; None makes a cache without index keys.
+        index_scale_format: which scales an index key may have.
+        scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+
+    Raises:
+        ValueError: a size is out of range, or the layout is not defined for the rank.
+    """
+    if num_pages < 0 or page_size < 1:
+        raise ValueError(f"{num_pages=} {page_size=}: expected 0 or more pages of 1 or more tokens")
+    shape = (num_pages, page_size)
+    rows = zero_rows(
+        layout, shape, rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
+    )
+    if index_dim is None:
+        return Cache(rows)
+    return Cache(rows, IndexKeyRows.zeros(shape, dim=index_dim, scale_format=index_scale_format))
+
+
+def append(
+    cache: Cache,
+    slots: Int[Array, " n"],
+    latents: Float[Array, "n width"],
+    index_keys: Float[Array, "n dim"] | None = None,
+) -> Cache:
+    """The cache with new tokens stored, quantised to the cache's own format.
+
+    Donate the cache (`jax.jit(..., donate_argnames="cache")`) to update it in place.
+
+    Args:
+        cache: the cache before.
+        slots: int32 `[n]`. A slot outside `[0, num_slots)` is dropped, so that padding can be
+            marked by -1. Of duplicates, an unspecified one stays.
+        latents: bf16 or f32 `[n, width]`.
+        index_keys: bf16 or f32 `[n, dim]`; required if the cache has index keys, else None.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or index keys given or left out against the cache.
+    """
+    cache.rows.check()
+    if slots.ndim != 1 or slots.dtype != jnp.int32:
+        raise ValueError(f"{slots.shape=} {slots.dtype=}: expected int32 [n], a slot per token")
+    if latents.ndim != 2 or latents.shape[0] != slots.shape[0]:
+        raise ValueError(f"{latents.shape=}: expected [{slots.shape[0]}, {cache.rows.width}]")
+    rows = cache.rows.set(slots, cache.rows.encode(latents))
+    if cache.index_keys is None:
+        if index_keys is not None:
+            raise ValueError(
+                f"{index_keys.shape=}: expected None, the cache has no index keys; pass index_dim "
+                "to init_cache"
+            )
+        return Cache(rows)
+    cache.index_keys.check()
+    if index_keys is None or index_keys.shape[:-1] != slots.shape:
+        got = "None" if index_keys is None else f"{index_keys.shape}"
+        raise ValueError(
+            f"index_keys: got {got}, expected [{slots.shape[0]}, {cache.index_keys.dim}]: the "
+            "cache keeps an index key for each token"
+        )
+    return Cache(rows, cache.index_keys.set(slots, cache.index_keys.encode(index_keys)))

@@ -1,0 +1,212 @@
+"""Latents to rows, rows to bytes, and one layout to another."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt8
+
+from jmla.layouts.base import BLOCK_SCALE_TILE, KVLayout, Rows, ScaleFormat
+from jmla.layouts.bf16 import BF16Rows
+from jmla.layouts.block_scale import BlockScaleRows
+from jmla.layouts.fp4 import FP4Rows
+from jmla.layouts.fp8 import FP8Rows
+from jmla.layouts.v4 import V4Rows
+
+
+def zero_rows(
+    layout: KVLayout,
+    shape: tuple[int, ...],
+    *,
+    rank: int | None = None,
+    rope_dim: int = 64,
+    scale_format: ScaleFormat = "pow2",
+    scale: Array | float | None = None,
+) -> Rows:
+    """Rows of zeros with token axes `shape`.
+
+    Args:
+        layout: how a row is stored.
+        shape: the token axes, e.g. `(pages, page_size)`.
+        rank: number of no-position values; None takes the layout's default (448 for FP8_V4, else
+            512).
+        rope_dim: number of rotary values.
+        scale_format: which scales a block may have; only the block-scale layout looks at it.
+        scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+
+    Raises:
+        ValueError: the layout is not defined for the rank or rope width, or has no such scale.
+    """
+    rank = layout.default_rank if rank is None else rank
+    if scale is not None and layout is not KVLayout.FP8_NOPE_FP8_ROPE:
+        raise ValueError(f"{scale=}: expected None, {layout.name} has no scale for the tensor")
+    match layout:
+        case KVLayout.BF16:
+            return BF16Rows.zeros(shape, rank=rank, rope_dim=rope_dim)
+        case KVLayout.FP8_NOPE_FP8_ROPE:
+            return FP8Rows.zeros(shape, rank=rank, rope_dim=rope_dim, scale=scale)
+        case KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE:
+            return BlockScaleRows.zeros(
+                shape, rank=rank, rope_dim=rope_dim, scale_format=scale_format
+            )
+        case KVLayout.FP4:
+            return FP4Rows.zeros(shape, rank=rank, rope_dim=rope_dim)
+        case KVLayout.FP8_V4:
+            return V4Rows.zeros(shape, rank=rank, rope_dim=rope_dim)
+
+
+def quantize(
+    latents: Float[Array, "*tokens width"],
+    layout: KVLayout,
+    *,
+    rank: int | None = None,
+    rope_dim: int = 64,
+    scale_format: ScaleFormat = "pow2",
+    scale: Array | float | None = None,
+) -> Rows:
+    """Latents in `layout`, with arithmetic in f32.
+
+    Args:
+        latents: bf16 or f32 `[..., rank + rope_dim]`.
+        layout: how a row is stored; its row class says what becomes of NaN and infinity.
+        rank: number of no-position values; None takes what `rope_dim` leaves of the last axis.
+        rope_dim: number of rotary values.
+        scale_format: "pow2" for FlashMLA's rule, "fp32" for SGLang's; only the block-scale layout
+            looks at it.
+        scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+
+    Returns:
+        Rows of token shape `latents.shape[:-1]`.
+
+    Raises:
+        ValueError: another dtype or width, or one for which the layout is not defined.
+    """
+    if latents.ndim == 0:
+        raise ValueError(f"{latents.shape=}: expected [..., rank + rope_dim]")
+    rank = latents.shape[-1] - rope_dim if rank is None else rank
+    form = zero_rows(
+        layout, (0,), rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
+    )
+    return form.encode(latents)
+
+
+def dequantize(rows: Rows) -> BFloat16[Array, "*tokens width"]:
+    """The latents of `rows`: an f32 product, rounded once to bf16."""
+    rows.check()
+    return rows.dequantize()
+
+
+def to_bytes(rows: Rows, *, page_bytes: int | None = None) -> UInt8[Array, "*tokens bytes"]:
+    """The packed rows that other engines store, exactly.
+
+    Args:
+        rows: rows of any token shape. For FP8_V4 the last token axis is a page, and whole split
+            pages `[..., page_bytes]` come back; for the others `[*tokens, bytes_per_token]`.
+        page_bytes: the stride of an FP8_V4 page. None rounds up to a multiple of 576.
+
+    Raises:
+        ValueError: `page_bytes` for another layout, or too small for a page.
+    """
+    rows.check()
+    return rows.pack(page_bytes=page_bytes)
+
+
+def from_bytes(
+    packed: UInt8[Array, "*tokens bytes"],
+    layout: KVLayout,
+    *,
+    rank: int | None = None,
+    rope_dim: int = 64,
+    scale_format: ScaleFormat = "pow2",
+    page_size: int | None = None,
+    scale: Array | float | None = None,
+) -> Rows:
+    """The reverse of `to_bytes`, exact.
+
+    Args:
+        packed: u8 `[*tokens, bytes_per_token]`; for FP8_V4 pages `[..., page_bytes]` of any stride
+            that holds a page.
+        layout: how the rows were stored.
+        rank: number of no-position values; None takes the layout's default (448 for FP8_V4, else
+            512).
+        rope_dim: number of rotary values.
+        scale_format: by which rule a block-scale cache was written; bytes do not tell.
+        page_size: tokens in a page, for FP8_V4 alone, where it is required.
+        scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+
+    Raises:
+        ValueError: not u8, a last axis of another length, or arguments that are not the layout's.
+    """
+    form = zero_rows(
+        layout, (0,), rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
+    )
+    return form.unpack(packed, page_size=page_size)
+
+
+def convert(
+    rows: Rows,
+    layout: KVLayout,
+    *,
+    slots: Int[Array, "..."] | None = None,
+    scale_format: ScaleFormat | None = None,
+    scale: Array | float | None = None,
+) -> Rows:
+    """The same latents in another layout, for the whole cache or for chosen slots.
+
+    FP8_NOPE_FP8_ROPE to block scale keeps each no-position byte, NaN codes included, and widens
+    the rotary part: a cache without a scale gets block scales 1, so nothing is rounded; a cache
+    with a scale gets that scale in each block. The same layout and format gives the same rows.
+    Every other pair dequantises and quantises.
+
+    Args:
+        rows: the source.
+        layout: the target; rank and rope width stay.
+        slots: int32 of any shape; the result has token shape `slots.shape`, and a slot outside
+            `[0, num_slots)` gives zeros. None converts all rows and keeps the token shape.
+        scale_format: of a block-scale target; None keeps that of a block-scale source, else "pow2".
+            Power-of-two scales are f32 scales as they stand; the other way requantises.
+        scale: of an FP8_NOPE_FP8_ROPE target; None keeps the source's if that is of this layout.
+
+    Raises:
+        ValueError: the target is not defined for the source's rank, or scales cannot be expressed.
+    """
+    rows.check()
+    if slots is not None:
+        rows = rows.gather(slots)
+    if isinstance(rows, BlockScaleRows):
+        scale_format = scale_format or rows.scale_format
+        if rows.scale_format == "pow2" and scale_format == "fp32":
+            rows = dataclasses.replace(rows, scale_format="fp32")
+    form = zero_rows(
+        layout,
+        (0,),
+        rank=rows.rank,
+        rope_dim=rows.rope_dim,
+        scale_format=scale_format or "pow2",
+        scale=scale,
+    )
+    if isinstance(rows, FP8Rows) and isinstance(form, BlockScaleRows):
+        return _fp8_to_block_scale(rows, form)
+    if isinstance(rows, FP8Rows) and isinstance(form, FP8Rows):
+        return rows if scale is None else form.encode(rows.dequantize())
+    if isinstance(rows, BlockScaleRows) and isinstance(form, BlockScaleRows):
+        same = rows.scale_format == form.scale_format
+        return rows if same else form.encode(rows.dequantize())
+    return rows if rows.layout is layout else form.encode(rows.dequantize())
+
+
+def _fp8_to_block_scale(rows: FP8Rows, form: BlockScaleRows) -> BlockScaleRows:
+    if rows.scale is not None and form.scale_format == "pow2":
+        raise ValueError(
+            f"scale_format='pow2' with {rows.scale=}: expected 'fp32', because the blocks take the "
+            "scale of the tensor, whose value need not be a power of two and is not known at trace "
+            "time; pass scale_format='fp32', or rows without a scale"
+        )
+    scale: Float32[Array, ""] = jnp.float32(1) if rows.scale is None else rows.scale
+    blocks = rows.rank // BLOCK_SCALE_TILE
+    rope = dataclasses.replace(rows, values=rows.values[..., rows.rank :], rank=0)
+    return dataclasses.replace(
+        form,
+        nope=rows.values[..., : rows.rank],
+        scales=jnp.broadcast_to(scale, (*rows.shape, blocks)),
+        rope=rope.dequantize(),
+    )
