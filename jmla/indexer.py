@@ -1,0 +1,271 @@
+"""The lightning indexer: how relevant each stored token is to each query, from small fp8 keys.
+
+    logit[t, s] = key_scale[s] * sum over heads of weights[t, h] * relu(q[t, h] . key[s])
+
+`indexer_logits` scores keys that lie back to back, each query inside its own window of them;
+`paged_indexer_logits` scores the pages of a cache. `jmla.topk.select_topk` picks from either.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jmla._checks import check_int32
+from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
+from jmla.topk import paged_indices
+
+_BLOCK_KEYS = 4096
+# Most elements of one block of per-head products, q . key of [tokens, heads, keys].
+_CPU_BLOCK_PRODUCTS = 1 << 20
+_BLOCK_PRODUCTS = 1 << 26
+
+
+def quantize_index_query(
+    q: Float[Array, "*t heads dim"],
+    weights: Float[Array, "*t heads"],
+    *,
+    scale_format: Literal["pow2", "fp32"] = "pow2",
+) -> tuple[Float[Array, "*t heads dim"], Float[Array, "*t heads"]]:
+    """Index queries in fp8, their scales moved into the head weights.
+
+    Each head of each token is quantised by the rule of the index keys (`quantize_index_keys`): a
+    relu commutes with a positive scale, so the weight can carry it.
+
+    Args:
+        q: bf16 or f32 `[..., heads, dim]`.
+        weights: `[..., heads]`, with every constant factor of the model already in.
+        scale_format: `"pow2"` (what published checkpoints were trained with) or `"fp32"`.
+
+    Returns:
+        `(q, weights)`: e4m3 `[..., heads, dim]` and f32 `[..., heads]`.
+
+    Raises:
+        ValueError: `weights` has not the shape of `q` without its last axis.
+    """
+    if q.shape[:-1] != weights.shape:
+        raise ValueError(
+            f"{q.shape=}, {weights.shape=}: expected [..., heads, dim] and [..., heads]"
+        )
+    rows = quantize_index_keys(q, scale_format=scale_format)
+    return rows.keys, weights.astype(jnp.float32) * rows.scales
+
+
+def indexer_logits(
+    q: Float[Array, "t heads dim"],
+    weights: Float[Array, "t heads"],
+    keys: IndexKeyRows,
+    starts: Int[Array, " t"],
+    ends: Int[Array, " t"],
+) -> Float[Array, "t s"]:
+    """Logits of contiguous keys, -inf outside each query's window `[starts, ends)`.
+
+    Products are exact, sums f32. Beside its result and copies of the result's size, a call holds
+    one block of per-head products: at most 2**20 f32 on CPU, 2**26 elsewhere, provided that
+    4096 * heads is not more than that.
+
+    Args:
+        q: e4m3 or bf16 `[t, heads, dim]`.
+        weights: f32 `[t, heads]`, the query's scale included (`quantize_index_query`).
+        keys: token shape `[s]`. Those outside every window may hold anything, NaN included.
+        starts: int32 `[t]`, first key of each window; below 0 means 0.
+        ends: int32 `[t]`, one past the last; above `s` means `s`; not above `starts` means empty.
+
+    Returns:
+        f32 `[t, s]`.
+
+    Raises:
+        ValueError: wrong shapes or dtypes.
+    """
+    _check_query(q, weights, keys, rank=3)
+    if len(keys.shape) != 1:
+        raise ValueError(f"{keys.shape=}: expected token shape [s]; keys.flat() merges pages")
+    check_int32("starts", starts, q.shape[:1])
+    check_int32("ends", ends, q.shape[:1])
+    (num_keys,) = keys.shape
+    count, size = _split(num_keys, _BLOCK_KEYS)
+    extra = count * size - num_keys
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1))), keys)
+    blocks = padded.reshape(count, size)
+
+    def tiled(budget: int) -> Callable[..., Array]:
+        tokens = _tokens_per_block(budget, q.shape[0], q.shape[1] * size)
+
+        def logits_of(q: Array, weights: Array, blocks: IndexKeyRows) -> Array:
+            return _tiled_logits(q, weights, blocks, lambda block: block, tokens)
+
+        return logits_of
+
+    logits = _per_platform(tiled, q, weights, blocks)[:, :num_keys]
+    column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    inside = (column >= starts[:, None]) & (column < ends[:, None])
+    return jnp.where(inside, logits, -jnp.inf)
+
+
+def paged_indexer_logits(
+    q: Float[Array, "b s_q heads dim"],
+    weights: Float[Array, "b s_q heads"],
+    keys: IndexKeyRows,
+    page_table: Int[Array, "b pages"],
+    lengths: Int[Array, "b s_q"],
+) -> Float[Array, "b s_q positions"]:
+    """Logits of each request's own pages, in the order of its positions.
+
+    Holds one block of per-head products at a time (the bound of `indexer_logits`), and the keys
+    that this block needs.
+
+    Args:
+        q: e4m3 or bf16 `[b, s_q, heads, dim]`.
+        weights: f32 `[b, s_q, heads]`, the query's scale included.
+        keys: token shape `[pages, page_size]`. Pages that no request uses may hold anything.
+        page_table: int32 `[b, max_pages]`; entries past a request's end may hold anything.
+        lengths: int32 `[b, s_q]`, how many positions each query sees.
+
+    Returns:
+        f32 `[b, s_q, max_pages * page_size]`, -inf at positions not below the length and at those
+        whose page the cache does not have.
+
+    Raises:
+        ValueError: wrong shapes or dtypes.
+    """
+    _check_query(q, weights, keys, rank=4)
+    if len(keys.shape) != 2:
+        raise ValueError(f"{keys.shape=}: expected token shape [pages, page_size]")
+    b, s_q, heads, _ = q.shape
+    if page_table.ndim != 2:
+        raise ValueError(f"{page_table.shape=}: expected [b, max_pages]")
+    check_int32("page_table", page_table, (b, page_table.shape[1]))
+    check_int32("lengths", lengths, (b, s_q))
+    page_size = keys.shape[1]
+    num_positions = page_table.shape[1] * page_size
+    if 0 in (b, s_q, num_positions):
+        return jnp.zeros((b, s_q, num_positions), jnp.float32)
+
+    positions = lax.broadcasted_iota(jnp.int32, (b, num_positions), 1)
+    slots = paged_indices(positions, page_table, page_size=page_size)
+    count, size = _split(num_positions, _BLOCK_KEYS)
+    extra = count * size - num_positions
+    blocks = jnp.pad(slots, ((0, 0), (0, extra)), constant_values=-1).reshape(b, count, size)
+    flat = keys.flat()
+
+    def tiled(budget: int) -> Callable[..., Array]:
+        tokens = _tokens_per_block(budget, s_q, heads * size)
+        requests = min(b, max(1, budget // max(1, tokens * heads * size)))
+
+        def one_request(operands: tuple[Array, Array, Array]) -> Array:
+            return _tiled_logits(*operands, flat.gather, tokens)
+
+        def logits_of(*operands: Array) -> Array:
+            return lax.map(one_request, operands, batch_size=requests)
+
+        return logits_of
+
+    logits = _per_platform(tiled, q, weights, blocks)[:, :, :num_positions]
+    in_cache = (slots >= 0) & (slots < keys.num_slots)
+    seen = (positions[:, None, :] < lengths[:, :, None]) & in_cache[:, None, :]
+    return jnp.where(seen, logits, -jnp.inf)
+
+
+def force_tokens(
+    logits: Float[Array, "*rows s"],
+    lengths: Int[Array, "*rows"],
+    *,
+    first: int = 0,
+    last: int = 0,
+    row_starts: Int[Array, "*rows"] | None = None,
+) -> Float[Array, "*rows s"]:
+    """Logits with +inf on the first and last tokens of each window: `select_topk` takes those.
+
+    Args:
+        logits: f32 `[..., s]`.
+        lengths: int32 `[...]`, window lengths; nothing outside a window changes.
+        first: how many tokens at the window's start.
+        last: how many tokens at its end.
+        row_starts: int32 `[...]`, the column of each window's first token; None: column 0.
+
+    Returns:
+        f32 `[..., s]`.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or a negative `first` or `last`.
+    """
+    if first < 0 or last < 0:
+        raise ValueError(f"{first=}, {last=}: expected numbers of tokens, at least 0")
+    check_int32("lengths", lengths, logits.shape[:-1])
+    position = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    if row_starts is not None:
+        check_int32("row_starts", row_starts, logits.shape[:-1])
+        position = position - row_starts[..., None]
+    inside = (position >= 0) & (position < lengths[..., None])
+    forced = (position < first) | (position >= lengths[..., None] - last)
+    return jnp.where(inside & forced, jnp.inf, logits)
+
+
+def _check_query(q: Array, weights: Array, keys: IndexKeyRows, *, rank: int) -> None:
+    keys.check()
+    if q.ndim != rank or q.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
+        raise ValueError(
+            f"{q.shape=}, {q.dtype=}: expected rank {rank}, e4m3 or bf16; see quantize_index_query"
+        )
+    if q.shape[-1] != keys.keys.shape[-1]:
+        raise ValueError(f"{q.shape=}, {keys.keys.shape=}: expected the same last axis")
+    if weights.shape != q.shape[:-1] or weights.dtype != jnp.float32:
+        raise ValueError(
+            f"{weights.shape=}, {weights.dtype=}: expected f32 {list(q.shape[:-1])}, one per head"
+        )
+
+
+def _split(total: int, largest: int) -> tuple[int, int]:
+    """Number and size of equal blocks, none above `largest`, that together hold `total`."""
+    count = max(1, -(-total // largest))
+    return count, -(-total // count)
+
+
+def _tokens_per_block(budget: int, tokens: int, products_per_token: int) -> int:
+    return _split(tokens, max(1, budget // max(1, products_per_token)))[1]
+
+
+def _per_platform(tiled: Callable[[int], Callable[..., Array]], *operands: Any) -> Array:
+    """Runs the op with the block budget of the platform that it is compiled for."""
+    return lax.platform_dependent(
+        *operands, cpu=tiled(_CPU_BLOCK_PRODUCTS), default=tiled(_BLOCK_PRODUCTS)
+    )
+
+
+def _tiled_logits(
+    q: Array,
+    weights: Array,
+    key_blocks: Any,
+    fetch: Callable[[Any], IndexKeyRows],
+    tokens: int,
+) -> Array:
+    """Unmasked logits `[t, blocks * size]`; `fetch` turns a block of `key_blocks` into keys."""
+    t, heads, dim = q.shape
+    count = -(-t // max(1, tokens))
+    extra = count * tokens - t
+    q = jnp.pad(q, ((0, extra), (0, 0), (0, 0))).reshape(count, tokens, heads, dim)
+    weights = jnp.pad(weights, ((0, extra), (0, 0))).reshape(count, tokens, heads)
+
+    def token_block(operands: tuple[Array, Array]) -> Array:
+        logits = lax.map(lambda block: _block_logits(*operands, fetch(block)), key_blocks)
+        blocks, _, size = logits.shape
+        return jnp.moveaxis(logits, 0, 1).reshape(tokens, blocks * size)
+
+    logits = lax.map(token_block, (q, weights))
+    return logits.reshape(count * tokens, logits.shape[-1])[:t]
+
+
+def _block_logits(q: Array, weights: Array, rows: IndexKeyRows) -> Array:
+    """`[tokens, heads, dim]`, `[tokens, heads]`, keys `(s,)` -> `[tokens, s]`."""
+    # e4m3 is exact in bf16, and a bf16 product is exact in f32.
+    products = lax.dot_general(
+        q.astype(jnp.bfloat16),
+        rows.keys.astype(jnp.bfloat16),
+        (((2,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    weighted = jnp.sum(jnp.maximum(products, 0) * weights[:, :, None], axis=1)
+    return weighted * rows.scales[None, :]
