@@ -1,0 +1,259 @@
+"""The attention ops through XLA: gather, dequantise, two matrix products, in bounded memory.
+
+One loop serves all ops. A *row* is a query token, or several that share a list of keys; a list is
+given by pages, so that slots are pages of one token. A step takes `rows_per_step` rows and at most
+`KEYS_PER_STEP` keys of each, and joins them to the rows' running softmax, so no more than
+`MAX_GATHERED_ROWS` gathered keys are ever alive, whatever the batch, the number of heads or the
+length of the lists. A cache of no more slots than that may be dequantised ahead of the loop.
+
+Every matrix product has a shape that depends on neither the batch nor the number of heads (rows
+are padded to whole steps, heads to whole blocks): the library that computes it may sum in another
+order for another shape, and the same row must have the same bits in every batch.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, BFloat16, Float, Int
+
+from jmla.layouts.base import Rows
+from jmla.layouts.bf16 import BF16Rows
+from jmla.reference import apply_sink
+
+HEAD_BLOCK = 16
+KEYS_PER_STEP = 2048
+MAX_ROWS_PER_STEP = 16
+MAX_GATHERED_ROWS = MAX_ROWS_PER_STEP * KEYS_PER_STEP
+
+
+class KeyLists(NamedTuple):
+    """The keys of `n` rows: their order is the order of the pages, then of tokens in a page.
+
+    Attributes:
+        rows: where the keys are stored, of any token shape.
+        pages: int32 [n, max_pages]. Tokens of a page outside `[0, num_slots / page_size)` are
+            masked.
+        lengths: int32 [n, tokens]: how many leading keys of its list each query token attends to.
+            One column serves all tokens.
+    """
+
+    rows: Rows
+    pages: Int[Array, "n max_pages"]
+    lengths: Int[Array, "n tokens"]
+
+
+_Results = tuple[
+    BFloat16[Array, "n tokens h value"], Float[Array, "n tokens h"], Float[Array, "n tokens h"]
+]
+
+
+class _Softmax(NamedTuple):
+    """A softmax over some keys, not yet divided by its sum of weights."""
+
+    out: Float[Array, "*rows width"]
+    top: Float[Array, "*rows"]
+    total: Float[Array, "*rows"]
+
+
+@functools.partial(jax.jit, static_argnames=("page_sizes", "num_splits", "cpu_rows_per_step"))
+def attend(
+    q: BFloat16[Array, "n tokens h width"],
+    lists: Sequence[KeyLists],
+    *,
+    page_sizes: tuple[int, ...],
+    sm_scale: float | Float[Array, ""],
+    attn_sink: Float[Array, " h"] | None,
+    num_splits: int,
+    cpu_rows_per_step: int,
+) -> _Results:
+    """Attention of `n` rows to the union of their lists.
+
+    Args:
+        q: the queries; a row's tokens share its lists.
+        lists: one or more lists for each row, in caches of equal width.
+        page_sizes: tokens per page of each of `lists`.
+        sm_scale: factor on the logits.
+        attn_sink: a logit per head, or None.
+        num_splits: each list is cut into at least this many parts, which are joined by their LSE.
+        cpu_rows_per_step: `rows_per_step` on CPU. A few rows waste no time there on padding, many
+            make the matrix products faster.
+
+    Returns:
+        out, the largest logit and the natural-log LSE of each token and head.
+    """
+    scale = jnp.asarray(sm_scale, jnp.float32)
+    loop = functools.partial(_attend_loop, page_sizes=page_sizes, num_splits=num_splits)
+    return lax.platform_dependent(
+        q,
+        lists,
+        scale,
+        attn_sink,
+        cpu=functools.partial(loop, rows_per_step=cpu_rows_per_step),
+        default=functools.partial(loop, rows_per_step=MAX_ROWS_PER_STEP),
+    )
+
+
+def _attend_loop(
+    q: BFloat16[Array, "n tokens h width"],
+    lists: Sequence[KeyLists],
+    scale: Float[Array, ""],
+    attn_sink: Float[Array, " h"] | None,
+    *,
+    page_sizes: tuple[int, ...],
+    num_splits: int,
+    rows_per_step: int,
+) -> _Results:
+    n, tokens, heads, width = q.shape
+    padding = -n % rows_per_step
+    steps = (n + padding) // rows_per_step
+    value_dim = lists[0].rows.value_dim
+
+    def in_steps(x: Array, fill: int) -> Array:
+        if padding:
+            x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        return x.reshape(steps, rows_per_step, *x.shape[1:])
+
+    stores = [_cheapest_store(each.rows.flat(), each.pages.size) for each in lists]
+    operands = (
+        # Without the tokens axis: where its length is 1, XLA would copy q on the way to the loop.
+        in_steps(q.reshape(n, tokens * heads, width), 0),
+        [(in_steps(each.pages, -1), in_steps(each.lengths, 0)) for each in lists],
+    )
+
+    def step(operands):
+        merged_q, tables = operands
+        q = merged_q.reshape(rows_per_step, tokens, heads, width)
+        softmax = _attend_step(q, stores, tables, page_sizes, scale, num_splits)
+        out, top, lse = _finish(softmax, q.shape, value_dim)
+        if attn_sink is not None:
+            out = apply_sink(out, lse, attn_sink)
+        return out.astype(q.dtype), top, lse
+
+    out, top, lse = (x.reshape(n + padding, *x.shape[2:])[:n] for x in lax.map(step, operands))
+    return out, top, lse
+
+
+def _cheapest_store(rows: Rows, reads: int) -> Rows:
+    """`rows`, dequantised at once if that is fewer rows than the loop would dequantise.
+
+    The dequantised rows are the same bits either way.
+    """
+    if isinstance(rows, BF16Rows) or rows.num_slots > min(reads, MAX_GATHERED_ROWS):
+        return rows
+    return BF16Rows(rows.dequantize(), rank=rows.rank, rope_dim=rows.rope_dim)
+
+
+def _attend_step(
+    q: BFloat16[Array, "c tokens h width"],
+    stores: Sequence[Rows],
+    tables: Sequence[tuple[Int[Array, "c max_pages"], Int[Array, "c tokens"]]],
+    page_sizes: Sequence[int],
+    scale: Float[Array, ""],
+    num_splits: int,
+) -> _Softmax:
+    """The softmax of one step's rows, with axes (tokens and head blocks, c, head, width)."""
+    c, tokens, heads, width = q.shape
+    head_blocks = math.ceil(heads / HEAD_BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, head_blocks * HEAD_BLOCK - heads), (0, 0)))
+    q = q.reshape(c, tokens * head_blocks, HEAD_BLOCK, width).swapaxes(0, 1)
+
+    softmax = None
+    for store, (pages, lengths), page_size in zip(stores, tables, page_sizes, strict=True):
+        block_lengths = jnp.broadcast_to(lengths, (c, tokens)).T.repeat(head_blocks, axis=0)
+        num_keys = pages.shape[1] * page_size
+        blocks = max(math.ceil(num_keys / KEYS_PER_STEP), min(num_splits, num_keys))
+        block_size = math.ceil(num_keys / blocks)
+        attend_block = functools.partial(
+            _attend_block, q, store, pages, block_lengths, page_size, block_size, scale
+        )
+        first = attend_block(jnp.int32(0))
+        softmax = first if softmax is None else _join(softmax, first)
+        if blocks > 1:
+            starts = jnp.arange(1, blocks, dtype=jnp.int32) * block_size
+            softmax, _ = lax.scan(functools.partial(_join_block, attend_block), softmax, starts)
+    assert softmax is not None, "attend is called with at least one list"
+    return softmax
+
+
+def _attend_block(
+    q: BFloat16[Array, "m c head width"],
+    store: Rows,
+    pages: Int[Array, "c max_pages"],
+    lengths: Int[Array, "m c"],
+    page_size: int,
+    block_size: int,
+    scale: Float[Array, ""],
+    start: Int[Array, ""],
+) -> _Softmax:
+    """The softmax of every row over the keys `start` to `start + block_size` of its list."""
+    places = start + jnp.arange(block_size, dtype=jnp.int32)
+    page = pages.at[:, places // page_size].get(
+        mode="fill", fill_value=-1, wrap_negative_indices=False
+    )
+    named = (page >= 0) & (page < store.num_slots // page_size)
+    named &= places[None, :] < jnp.max(lengths, axis=0)[:, None]
+    slots = jnp.where(named, page * page_size + (places % page_size)[None, :], -1)
+    keys = store.gather(slots).dequantize()
+
+    def attend_heads(
+        operands: tuple[BFloat16[Array, "c head width"], Int[Array, " c"]],
+    ) -> _Softmax:
+        q, lengths = operands
+        valid = named & (places[None, :] < lengths[:, None])
+        logits = jnp.einsum("chw,ckw->chk", q, keys, preferred_element_type=jnp.float32) * scale
+        logits = jnp.where(valid[:, None, :], logits, -jnp.inf)
+        top = jnp.max(logits, axis=-1)
+        weights = jnp.exp(logits - _finite_top(top)[..., None])
+        # All of the row: cutting the values out of it would copy the gathered keys.
+        out = jnp.einsum(
+            "chk,ckw->chw", weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32
+        )
+        return _Softmax(out, top, jnp.sum(weights, axis=-1))
+
+    return lax.map(attend_heads, (q, lengths))
+
+
+def _join_block(
+    attend_block: Callable[[Int[Array, ""]], _Softmax], carry: _Softmax, start: Int[Array, ""]
+) -> tuple[_Softmax, None]:
+    return _join(carry, attend_block(start)), None
+
+
+def _finite_top(top: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """`top`, or 0 where nothing was attended to and subtracting -inf would give NaN."""
+    return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+def _join(a: _Softmax, b: _Softmax) -> _Softmax:
+    """The softmax over the keys of both; joining an empty one changes no bit."""
+    top = jnp.maximum(a.top, b.top)
+    keep_a, keep_b = (jnp.exp(x.top - _finite_top(top)) for x in (a, b))
+    return _Softmax(
+        a.out * keep_a[..., None] + b.out * keep_b[..., None],
+        top,
+        a.total * keep_a + b.total * keep_b,
+    )
+
+
+def _finish(
+    softmax: _Softmax, q_shape: tuple[int, int, int, int], value_dim: int
+) -> tuple[
+    Float[Array, "c tokens h value"], Float[Array, "c tokens h"], Float[Array, "c tokens h"]
+]:
+    """Out, largest logit and LSE; a row with nothing to attend has out 0 and LSE -inf."""
+    c, tokens, heads, _ = q_shape
+    empty = softmax.total == 0.0
+    lse = jnp.where(empty, -jnp.inf, softmax.top + jnp.log(softmax.total))
+    out = softmax.out[..., :value_dim] / softmax.total[..., None]
+    out = jnp.where(empty[..., None], 0.0, out)
+
+    def by_token(x: Array) -> Array:
+        padded_heads = x.shape[0] * HEAD_BLOCK // tokens
+        return x.swapaxes(0, 1).reshape(c, tokens, padded_heads, *x.shape[3:])[:, :, :heads]
+
+    return by_token(out), by_token(softmax.top), by_token(lse)

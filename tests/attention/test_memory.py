@@ -1,0 +1,54 @@
+"""The XLA implementation's memory does not grow with the number of queries."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmla._xla_attention import MAX_GATHERED_ROWS
+from jmla.attention import sparse_decode, sparse_prefill
+from jmla.layouts import BF16Rows
+
+MIB = 1 << 20
+
+
+def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def rows(slots: int) -> BF16Rows:
+    return BF16Rows(shaped(slots, 576), rank=512, rope_dim=64)  # type: ignore[arg-type]
+
+
+def temp_bytes(op, *args) -> int:
+    compiled = jax.jit(lambda *args: op(*args, sm_scale=0.1)).lower(*args).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_prefill_of_4096_queries_to_2048_keys(heads: int):
+    """Gathering all keys at once would take 9 GiB."""
+    used = [
+        temp_bytes(
+            sparse_prefill,
+            shaped(tokens, heads, 576),
+            rows(1 << 16),
+            shaped(tokens, 2048, dtype=jnp.int32),
+        )
+        for tokens in (1024, 4096)
+    ]
+    gathered = MAX_GATHERED_ROWS * 576 * 2
+    assert gathered == 36 * MIB
+    assert max(used) < gathered + 16 * MIB
+    assert abs(used[0] - used[1]) < MIB
+
+
+def test_decode_to_a_million_keys():
+    used = temp_bytes(
+        sparse_decode,
+        shaped(8, 1, 16, 576),
+        rows(1 << 20),
+        shaped(8, 1, 1 << 20, dtype=jnp.int32),
+    )
+    assert used < 48 * MIB
