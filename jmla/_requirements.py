@@ -1,0 +1,134 @@
+"""What backends ask of a config apart from the layout: each unmet requirement as a sentence."""
+
+from collections.abc import Mapping
+
+from jmla.config import Config, quote
+from jmla.layouts.base import KVLayout
+from jmla.support import (
+    BACKENDS,
+    ENGINE_BACKENDS,
+    HISPARSE_BACKENDS,
+    PHASES,
+    Phase,
+    backends_of,
+    dtype_of,
+    find_backend,
+    serves,
+)
+
+HISPARSE_DTYPES = ("auto", "bfloat16", "fp8_e4m3")
+
+
+def attention_problems(config: Config) -> list[str]:
+    """Why jmla has nothing for this kind of attention, if it has not."""
+    if config.attention == "mla":
+        return []
+    return [
+        f"attention={config.attention!r}: jmla serves latent attention and no other: expected "
+        "attention='mla'"
+    ]
+
+
+def name_problems(phase: Phase, name: str | None) -> list[str]:
+    """Why a name does not stand for a backend of that phase, if it does not."""
+    if name is None or serves(name, phase):
+        return []
+    accepted = quote(backends_of(phase))
+    if find_backend(name) is not None:
+        other = "prefill" if phase == "decode" else "decode"
+        return [f"{phase}_backend={name!r} serves {other} only: expected {accepted}"]
+    for engine in ENGINE_BACKENDS:
+        if engine.name == name:
+            nearest = tuple(near for near in engine.nearest if serves(near, phase))
+            return [
+                f"{phase}_backend={name!r} is a backend of the serving engines that jmla does not "
+                f"serve: the nearest is {quote(nearest)}; expected {accepted}"
+            ]
+    return [f"{phase}_backend={name!r} is not a known backend: expected {accepted}"]
+
+
+def backend_problems(phase: Phase, name: str | None, config: Config) -> list[str]:
+    """What a named backend asks of page size and sinks that the config does not give."""
+    row = find_backend(name) if name is not None else None
+    if row is None:
+        return []
+    problems = []
+    if row.page_sizes and config.page_size not in row.page_sizes:
+        problems.append(
+            f"{phase}_backend={name!r} takes pages of {quote(row.page_sizes)} tokens, but "
+            f"page_size={config.page_size}"
+        )
+    if config.attn_sink and not row.sinks and not row.picks:
+        able = tuple(b.name for b in BACKENDS if (b.sinks or b.picks) and serves(b.name, phase))
+        problems.append(
+            f"{phase}_backend={name!r} does not add attention sinks, but attn_sink=True: expected "
+            f"{quote(able)}"
+        )
+    return problems
+
+
+def hisparse_problems(config: Config, layout: KVLayout | None) -> list[str]:
+    """What HiSparse asks of dtype, backends and sizes that the config does not give.
+
+    Args:
+        config: the config.
+        layout: the layout of the cache, or None if none could be chosen.
+    """
+    if config.hisparse is None:
+        return []
+    problems = []
+    allowed = {dtype_of(entry): backend for entry, backend in HISPARSE_BACKENDS}
+    routes = ", ".join(f"{dtype!r} -> {backend!r}" for dtype, backend in allowed.items())
+    dtype = config.kv_cache_dtype
+    if layout is not None:
+        dtype = dtype_of(layout)
+    if config.kv_cache_dtype not in HISPARSE_DTYPES:
+        problems.append(
+            f"hisparse does not take kv_cache_dtype={config.kv_cache_dtype!r}: expected "
+            f"{quote(HISPARSE_DTYPES)}"
+        )
+    elif layout is not None and layout not in dict(HISPARSE_BACKENDS) and config.layout is layout:
+        layouts = " or ".join(entry.name for entry, _ in HISPARSE_BACKENDS)
+        problems.append(f"hisparse does not take layout=KVLayout.{layout.name}: expected {layouts}")
+    accepted = (allowed[dtype],) if dtype in allowed else tuple(allowed.values())
+    for phase, name in (("prefill", config.prefill_backend), ("decode", config.decode_backend)):
+        if name is not None and name not in accepted:
+            problems.append(
+                f"{phase}_backend={name!r} does not serve hisparse with "
+                f"kv_cache_dtype={config.kv_cache_dtype!r}: expected {quote(accepted)} (each dtype "
+                f"has its own: {routes})"
+            )
+    if config.attn_sink and accepted == ("flashmla_kv",):
+        problems.append(
+            "hisparse with an FP8 cache runs on flashmla_kv, which does not add attention sinks, "
+            "but attn_sink=True: expected kv_cache_dtype='bfloat16'"
+        )
+    rows = config.hisparse.buffer_rows(config.index_topk)
+    if rows < config.index_topk:
+        problems.append(
+            f"hisparse.device_buffer_size={rows}: expected at least "
+            f"index_topk={config.index_topk}, or the rows of one step do not fit in a request's "
+            "buffer"
+        )
+    return problems
+
+
+def kernel_problems(
+    config: Config, platform: str, backends: Mapping[Phase, str | None]
+) -> list[str]:
+    """Which phases have no device kernel, if the config names that implementation."""
+    if config.implementation != "mosaic_gpu":
+        return []
+    problems = []
+    for phase in PHASES:
+        name = backends[phase]
+        # Of a phase that is not decided it is only known when no backend would do.
+        rows = [row for row in BACKENDS if serves(row.name, phase) and name in (None, row.name)]
+        if not any(platform in row.kernel_platforms for row in rows):
+            where = tuple(sorted({platform for row in rows for platform in row.kernel_platforms}))
+            problems.append(
+                f"implementation='mosaic_gpu' has no kernel for {name or 'any'} {phase} on "
+                f"{platform!r} (platforms with one: {quote(where) or 'none yet'}): expected "
+                "implementation=None, 'xla' or 'reference'"
+            )
+    return problems

@@ -1,0 +1,173 @@
+"""The support table as a Markdown document, written from the data in `jmla.support`."""
+
+import sys
+from collections.abc import Iterable
+
+from jmla.fp4 import ENGINE_RULES, fp4_backends
+from jmla.layouts.base import KVLayout
+from jmla.support import (
+    BACKENDS,
+    DEFAULTS,
+    ENGINE_BACKENDS,
+    HISPARSE_BACKENDS,
+    PHASES,
+    Phase,
+    access,
+    backends_of,
+    dtype_of,
+    layouts_read,
+)
+
+_INTRODUCTION = """\
+# Attention backends
+
+This page is written by `python -m jmla._support_document > docs/attention_backends.md` from the
+table that `jmla.resolve` decides from; a test keeps the two the same.
+
+A *backend* is a contract: which phase it serves, which cache layouts it reads, how, and which
+indices it takes. The names are the serving engines', so that a config carries over. On every
+platform XLA fulfils every contract; a device kernel makes one faster. `str(jmla.resolve(config))`
+tells what a config leads to, and why."""
+
+_READS = """\
+What the cells say:
+
+- **direct**: the stored rows are read in place.
+- **gather**: the rows that are needed are gathered and dequantised to BF16: in prefill each token
+  of the batch once, in decode the selected slots.
+- **convert**: the pages that the batch touches are re-packed to block-scale rows, exactly; the
+  cache stays as it is.
+- **PAGED**: selected positions become slots of the cache. **RAGGED**: they become rows of the
+  gathered buffer. **page table**: dense attention to every token, no selection."""
+
+_AUTO = """\
+`flashmla_auto` stands for `flashmla_sparse` or `flashmla_kv`, by layout, platform and sinks alone:
+`flashmla_kv` for the FP8 layouts (on Blackwell `flashmla_sparse` for block scales),
+`flashmla_sparse` for the others and for models with attention sinks."""
+
+_FP4 = """\
+An FP4 cache needs both phases to read it; the two may differ, with a warning that names both. The
+serving engine's rule let any two different backends through and failed later; here each phase is
+checked by itself, and a pair of which one half cannot read FP4 is an `FP4CompatibilityError`."""
+
+
+def support_document() -> str:
+    """The text of `docs/attention_backends.md`."""
+    layouts = [layout.name for layout in KVLayout]
+    sections = [
+        _INTRODUCTION,
+        "## What reads what",
+        _READS,
+        *(
+            f"### {phase.capitalize()}\n\n"
+            + _table(
+                ["backend", *(f"`{name}`" for name in layouts), "pages", "sinks", "kernels"],
+                _support_rows(phase),
+            )
+            for phase in PHASES
+        ),
+        _AUTO,
+        "## Which pairs share a cache\n\n"
+        + _table(["layout", "prefill", "decode"], _pair_rows())
+        + "\n\nAny prefill of a row works with any decode of the same row.",
+        "## Defaults\n\n"
+        + _table(["cache", "platform", "prefill", "decode"], _default_rows())
+        + "\n\nThe first that takes the page size and the sinks of the config.",
+        "`kv_cache_dtype='auto'` is `fp8_e4m3` on Blackwell and `bfloat16` elsewhere and with "
+        "sinks,\nunless a named backend cannot read that; with `trtllm` in either phase it is the "
+        "FP8 row.\n`'fp8_e4m3'` means block scales, unless a named backend reads the plain FP8 "
+        "row only, or on\nBlackwell a phase is left to the default.",
+        "## HiSparse\n\n" + _table(["kv_cache_dtype", "layout", "both phases"], _hisparse_rows()),
+        "## FP4\n\n" + _FP4 + "\n\n" + _table(_FP4_HEADER, _fp4_rows()),
+        "## Names of the serving engines that jmla refuses\n\n"
+        + _table(["name", "nearest here"], _engine_rows()),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_FP4_HEADER = ["attention", "phase", "jmla", "serving engine", "once accepted there"]
+
+
+def _support_rows(phase: Phase) -> list[list[str]]:
+    rows = []
+    for backend in BACKENDS:
+        if backend.name not in backends_of(phase):
+            continue
+        if backend.picks:
+            readable = layouts_read(backend.name, phase)
+            cells = ["as picked" if layout in readable else "" for layout in KVLayout]
+            pages = sinks = kernels = "as picked"
+        else:
+            cells = [_access_cell(backend.name, phase, layout) for layout in KVLayout]
+            pages = " or ".join(map(str, backend.page_sizes)) or "any"
+            sinks = "yes" if backend.sinks else "no"
+            kernels = _code(backend.kernel_platforms) or "none yet"
+        rows.append([f"`{backend.name}`", *cells, pages, sinks, kernels])
+    return rows
+
+
+def _access_cell(name: str, phase: Phase, layout: KVLayout) -> str:
+    how = access(name, phase, layout)
+    if how is None:
+        return ""
+    reads = "gather" if how.reads == "gather_dequantize" else how.reads
+    indices = "page table" if how.indices == "PAGE_TABLE" else how.indices
+    return f"{reads}, {indices}"
+
+
+def _pair_rows() -> list[list[str]]:
+    return [
+        [
+            f"`{layout.name}`",
+            *(
+                _code(name for name in backends_of(phase) if layout in layouts_read(name, phase))
+                for phase in PHASES
+            ),
+        ]
+        for layout in KVLayout
+    ]
+
+
+def _default_rows() -> list[list[str]]:
+    platforms = {None: "all", True: "Blackwell", False: "all others"}
+    return [
+        [f"`{row.layout.name}`", platforms[row.blackwell], _code(row.prefill), _code(row.decode)]
+        for row in DEFAULTS
+    ]
+
+
+def _hisparse_rows() -> list[list[str]]:
+    return [
+        [f"`{dtype_of(layout)}`", f"`{layout.name}`", f"`{backend}`"]
+        for layout, backend in HISPARSE_BACKENDS
+    ]
+
+
+def _fp4_rows() -> list[list[str]]:
+    rows = []
+    for rule in ENGINE_RULES:
+        phases: tuple[Phase, ...] = ("decode",) if rule.fa4_prefill else PHASES
+        ours = [_code(fp4_backends(rule.attention, phase)) or "none" for phase in phases]
+        when = "decode behind fa4" if rule.fa4_prefill else "both"
+        if rule.fa4_prefill:
+            ours = ["no fa4"]
+        cell = ours[0] if len(set(ours)) == 1 else f"prefill {ours[0]}; decode {ours[1]}"
+        rows.append([rule.attention.upper(), when, cell, _code(rule.accepted), _code(rule.once)])
+    return rows
+
+
+def _engine_rows() -> list[list[str]]:
+    return [[f"`{engine.name}`", _code(engine.nearest)] for engine in ENGINE_BACKENDS]
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(support_document())
