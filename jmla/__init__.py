@@ -1,0 +1,65 @@
+"""Sparse multi-head latent attention for JAX: layouts, cache, selection, ops and dispatch."""
+
+from jmla.attention import dense_decode, merge, sparse_decode, sparse_prefill
+from jmla.backends import alternatives, resolve, valid_pairs
+from jmla.batch import BatchMeta, make_batch
+from jmla.cache import Cache, append, init_cache
+from jmla.config import Config, HiSparseConfig
+from jmla.fp4 import FP4CompatibilityError
+from jmla.indexer import (
+    force_tokens,
+    indexer_logits,
+    paged_indexer_logits,
+    quantize_index_query,
+)
+from jmla.layouts import (
+    IndexKeyRows,
+    KVLayout,
+    Rows,
+    convert,
+    dequantize,
+    from_bytes,
+    quantize,
+    quantize_index_keys,
+    to_bytes,
+)
+from jmla.plan import Plan
+from jmla.topk import identity_topk, paged_indices, ragged_indices, select_topk
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchMeta",
+    "Cache",
+    "Config",
+    "FP4CompatibilityError",
+    "HiSparseConfig",
+    "IndexKeyRows",
+    "KVLayout",
+    "Plan",
+    "Rows",
+    "alternatives",
+    "append",
+    "convert",
+    "dense_decode",
+    "dequantize",
+    "force_tokens",
+    "from_bytes",
+    "identity_topk",
+    "indexer_logits",
+    "init_cache",
+    "make_batch",
+    "merge",
+    "paged_indexer_logits",
+    "paged_indices",
+    "quantize",
+    "quantize_index_keys",
+    "quantize_index_query",
+    "ragged_indices",
+    "resolve",
+    "select_topk",
+    "sparse_decode",
+    "sparse_prefill",
+    "to_bytes",
+    "valid_pairs",
+]

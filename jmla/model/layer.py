@@ -1,0 +1,165 @@
+"""A whole MLA layer over a paged cache: project, append, choose, attend, project back."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int
+
+from jmla.batch import BatchMeta
+from jmla.cache import Cache, append
+from jmla.indexer import indexer_logits, paged_indexer_logits, quantize_index_query
+from jmla.model.config import MLAConfig
+from jmla.model.mla import (
+    IndexerInputs,
+    MLAParams,
+    absorbed_query,
+    project,
+    project_output,
+)
+from jmla.plan import Plan
+from jmla.support import Phase
+from jmla.topk import select_topk
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Attended:
+    """What a layer returns.
+
+    Attributes:
+        out: `[tokens, hidden_size]`, what the layer adds to the residual stream.
+        cache: the cache with the tokens' latents and index keys appended.
+        positions: int32 `[tokens, index_topk]`, what each token attended to, so that a following
+            layer can share the choice; None where both phases of the plan are dense.
+    """
+
+    out: Float[Array, "t hidden"]
+    cache: Cache
+    positions: Int[Array, "t k"] | None
+
+
+def mla_attention(
+    params: MLAParams,
+    config: MLAConfig,
+    plan: Plan,
+    x: Float[Array, "t hidden"],
+    cache: Cache,
+    batch: BatchMeta,
+    *,
+    phase: Phase,
+    positions: Int[Array, "t k"] | None = None,
+) -> Attended:
+    """One layer's attention for the new tokens of a batch.
+
+    The tokens are appended first and every query reads stored rows, its own included, so that a
+    prompt gives the same result however it is cut into chunks.
+
+    Args:
+        params: of this layer, see `init_mla`.
+        config: the sizes.
+        plan: of a `Config` whose `num_heads` divides `config.num_heads`: more heads than the plan
+            has are attended in groups of that many, as a tensor-parallel group would, one after
+            the other.
+        x: `[tokens, hidden_size]`, normalised; the tokens of `batch` in its order.
+        cache: this layer's, made by `plan.init_cache`.
+        batch: where each token belongs. For "decode", the same number of tokens for each request.
+        phase: "prefill" or "decode": which half of the plan attends.
+        positions: int32 `[tokens, k]` of each token's request, -1 for none; None lets this layer's
+            indexer choose.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if config.num_heads % plan.config.num_heads:
+        raise ValueError(
+            f"{config.num_heads=}, {plan.config.num_heads=}: the layer's heads must be a multiple "
+            "of the plan's heads per device; resolve a Config whose num_heads divides them."
+        )
+    projected = project(params, config, x, jnp.maximum(batch.token_position, 0))
+    indexer = projected.indexer
+    keeps_index_keys = cache.index_keys is not None
+    if keeps_index_keys and indexer is None:
+        raise ValueError(
+            f"{config.index_n_heads=}: the cache keeps index keys but the layer has no indexer; "
+            "resolve the plan with index_head_dim=None, or with dense backends."
+        )
+    cache = append(
+        cache,
+        batch.write_slots,
+        projected.latents,
+        indexer.keys if indexer is not None and keeps_index_keys else None,
+    )
+    choice = plan.prefill if phase == "prefill" else plan.decode
+    if positions is None and choice.index_transform != "PAGE_TABLE":
+        if indexer is None:
+            raise ValueError(
+                f"{choice.backend=} attends to chosen positions and {config.index_n_heads=}: pass "
+                "positions, or take a dense backend (flashmla)."
+            )
+        positions = choose_positions(indexer, cache, batch, config.index_topk, phase=phase)
+    query = absorbed_query(params, projected)
+    groups = [
+        _attend(plan, group, cache, batch, positions, phase)
+        for group in jnp.split(query, config.num_heads // plan.config.num_heads, axis=1)
+    ]
+    out = project_output(params, jnp.concatenate(groups, axis=1), x.dtype)
+    return Attended(out=out, cache=cache, positions=positions)
+
+
+def choose_positions(
+    indexer: IndexerInputs, cache: Cache, batch: BatchMeta, k: int, *, phase: Phase
+) -> Int[Array, "t k"]:
+    """The `k` positions of its own request that the indexer rates highest for each token.
+
+    Args:
+        indexer: the tokens' indexer inputs.
+        cache: with the tokens' index keys appended.
+        batch: where each token belongs; for "decode" the same number of tokens for each request.
+        k: how many.
+        phase: "decode" scores pages where they lie; "prefill" lays the keys of all requests back
+            to back once for all tokens.
+
+    Returns:
+        int32 `[tokens, k]`, -1 for none.
+    """
+    keys = cache.index_keys
+    if keys is None:
+        raise ValueError(
+            "cache.index_keys is None: the indexer has nothing to score; make the cache with an "
+            "index_dim (Config.index_head_dim)."
+        )
+    # The keys' own convention serves the queries: both lose precision alike.
+    queries, weights = quantize_index_query(indexer.queries, indexer.weights)
+    tokens = queries.shape[0]
+    if phase == "decode":
+        requests = batch.seq_lens.shape[0]
+        by_request = (requests, tokens // max(requests, 1))
+        logits = paged_indexer_logits(
+            queries.reshape(*by_request, *queries.shape[1:]),
+            weights.reshape(*by_request, *weights.shape[1:]),
+            keys,
+            batch.page_table,
+            batch.lengths.reshape(by_request),
+        )
+        return select_topk(logits.reshape(tokens, -1), batch.lengths, k)
+    requests, pages = batch.page_table.shape
+    rows = keys.gather(batch.ragged_slots(requests * pages * batch.page_size))
+    logits = indexer_logits(queries, weights, rows, batch.window_starts, batch.window_ends)
+    return select_topk(logits, batch.lengths, k, row_starts=batch.window_starts)
+
+
+def _attend(
+    plan: Plan,
+    query: BFloat16[Array, "t h width"],
+    cache: Cache,
+    batch: BatchMeta,
+    positions: Int[Array, "t k"] | None,
+    phase: Phase,
+) -> BFloat16[Array, "t h value"]:
+    if phase == "prefill":
+        return plan.prefill(query, cache, batch, positions)[0]
+    requests = batch.seq_lens.shape[0]
+    by_request = query.reshape(requests, -1, *query.shape[1:])
+    out, _ = plan.decode(by_request, cache, batch, positions)
+    return out.reshape(query.shape[0], *out.shape[2:])
