@@ -1,0 +1,1 @@
+"""A small trained model, and the decode loop that runs it."""

@@ -1,0 +1,198 @@
+"""Prefill and decode of the byte model over paged caches: what is compiled, and nothing else."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from examples.byte_lm import ByteLMConfig, Params, mlp, read_out
+from jmla import BatchMeta, Cache, Plan, make_batch, select_topk
+from jmla.model import mla_attention, rms_norm
+
+# What a query attends to: the indexer's choice, or one of two floors to hold it against.
+Chooser = Literal["indexer", "last", "random"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """What the decode loop carries; donated from call to call.
+
+    Attributes:
+        caches: one a layer.
+        seq_lens: int32 `[b]`, bytes stored of each request.
+        token: int32 `[b]`, each request's newest byte, not stored yet.
+        key: of the sampling.
+    """
+
+    caches: tuple[Cache, ...]
+    seq_lens: Int[Array, " b"]
+    token: Int[Array, " b"]
+    key: PRNGKeyArray
+
+
+def forward(
+    params: Params,
+    config: ByteLMConfig,
+    plan: Plan,
+    tokens: Int[Array, " t"],
+    caches: tuple[Cache, ...],
+    batch: BatchMeta,
+    *,
+    phase: Literal["prefill", "decode"],
+    chooser: Chooser = "indexer",
+) -> tuple[Float[Array, "t v"], tuple[Cache, ...]]:
+    """Logits after each token, f32, and the caches with the tokens appended, one cache a layer.
+
+    Args:
+        params: the parameters; their dtype is the dtype of the products.
+        config: the sizes.
+        plan: how attention is done.
+        tokens: bytes, in the order of `batch`; padding may hold anything.
+        caches: one a layer.
+        batch: where each token belongs.
+        phase: which half of the plan attends.
+        chooser: what each token attends to.
+    """
+    x = params["embed"][tokens]
+    positions = None if chooser == "indexer" else floor_positions(batch, config, chooser)
+    appended = []
+    for layer, cache in zip(params["layers"], caches, strict=True):
+        normed = rms_norm(x, layer["attention_norm"], config.mla.norm_eps)
+        attended = mla_attention(
+            layer["attention"],
+            config.mla,
+            plan,
+            normed,
+            cache,
+            batch,
+            phase=phase,
+            positions=positions,
+        )
+        x = x + attended.out
+        x = x + mlp(layer, config, x)
+        appended.append(attended.cache)
+    return read_out(params, config, x), tuple(appended)
+
+
+def floor_positions(batch: BatchMeta, config: ByteLMConfig, chooser: Chooser) -> Int[Array, "t k"]:
+    """The last k positions of each token, or its own and k - 1 random earlier ones."""
+    k = config.mla.index_topk
+    own = batch.token_position[:, None]
+    if chooser == "last":
+        return jnp.maximum(own - jnp.arange(k, dtype=jnp.int32)[None], -1)
+    context = batch.page_table.shape[1] * batch.page_size
+    # A token's draw depends on its position alone, so chunks and phases agree.
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(batch.token_position)
+    scores = jax.vmap(lambda key: jax.random.uniform(key, (context,)))(keys)
+    scores = jnp.where(jnp.arange(context)[None] == own, jnp.inf, scores)
+    return select_topk(scores, batch.lengths, k)
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "chooser"), donate_argnames=("caches",))
+def prefill_chunk(
+    params: Params,
+    caches: tuple[Cache, ...],
+    page_table: Int[Array, "1 pages"],
+    stored: Int[Array, " 1"],
+    count: Int[Array, " 1"],
+    tokens: Int[Array, " t"],
+    *,
+    config: ByteLMConfig,
+    plan: Plan,
+    chooser: Chooser = "indexer",
+) -> tuple[tuple[Cache, ...], Float[Array, "t v"]]:
+    """Append `count` bytes of one request after its `stored` ones; the logits after each.
+
+    `tokens` has a fixed length, so that every chunk of a prompt, the last included, runs the same
+    program; what is past `count` is padding.
+    """
+    batch = make_batch(
+        stored + count,
+        count,
+        page_table,
+        num_tokens=tokens.shape[0],
+        page_size=plan.config.page_size,
+    )
+    logits, caches = forward(
+        params, config, plan, tokens, caches, batch, phase="prefill", chooser=chooser
+    )
+    return caches, logits
+
+
+def decode_step(
+    params: Params,
+    caches: tuple[Cache, ...],
+    page_table: Int[Array, "b pages"],
+    stored: Int[Array, " b"],
+    tokens: Int[Array, " b"],
+    *,
+    config: ByteLMConfig,
+    plan: Plan,
+    chooser: Chooser = "indexer",
+) -> tuple[tuple[Cache, ...], Float[Array, "b v"]]:
+    """Append one byte to each request; the logits after it."""
+    ones = jnp.ones_like(stored)
+    batch = make_batch(
+        stored + ones,
+        ones,
+        page_table,
+        num_tokens=tokens.shape[0],
+        page_size=plan.config.page_size,
+    )
+    logits, caches = forward(
+        params, config, plan, tokens, caches, batch, phase="decode", chooser=chooser
+    )
+    return caches, logits
+
+
+def sample(
+    logits: Float[Array, "b v"], key: PRNGKeyArray, temperature: Float[Array, ""]
+) -> Int[Array, " b"]:
+    """A byte for each request; the likeliest one at temperature 0."""
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+    best = jnp.argmax(logits, axis=-1)
+    return jnp.where(temperature > 0, drawn, best).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("steps", "config", "plan"), donate_argnames=("state",))
+def decode_loop(
+    params: Params,
+    state: DecodeState,
+    page_table: Int[Array, "b pages"],
+    temperature: Float[Array, ""],
+    *,
+    steps: int,
+    config: ByteLMConfig,
+    plan: Plan,
+) -> tuple[DecodeState, Int[Array, "steps b"]]:
+    """Generate `steps` bytes for each request without leaving the device.
+
+    Returns the state to go on from and the bytes, in order.
+    """
+
+    def step(state: DecodeState, _) -> tuple[DecodeState, Int[Array, " b"]]:
+        caches, logits = decode_step(
+            params, state.caches, page_table, state.seq_lens, state.token, config=config, plan=plan
+        )
+        key, draw = jax.random.split(state.key)
+        token = sample(logits, draw, temperature)
+        return DecodeState(caches, state.seq_lens + 1, token, key), token
+
+    return jax.lax.scan(step, state, None, length=steps)
+
+
+def new_caches(
+    plan: Plan, config: ByteLMConfig, *, requests: int, context: int
+) -> tuple[tuple[Cache, ...], Int[Array, "b pages"]]:
+    """Empty caches for `requests` of up to `context` bytes, one a layer, and their page table.
+
+    The pages of a request are scattered, as they are in a pool that has been in use for a while.
+    """
+    pages = -(-context // plan.config.page_size)
+    order = jax.random.permutation(jax.random.key(1), requests * pages)
+    caches = tuple(plan.init_cache(requests * pages) for _ in range(config.layers))
+    return caches, order.reshape(requests, pages).astype(jnp.int32)
