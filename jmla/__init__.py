@@ -1,11 +1,11 @@
 """Sparse multi-head latent attention for JAX: layouts, cache, selection, ops and dispatch."""
 
 from jmla.attention import dense_decode, merge, sparse_decode, sparse_prefill
-from jmla.backends import alternatives, resolve, valid_pairs
 from jmla.batch import BatchMeta, make_batch
 from jmla.cache import Cache, append, init_cache
 from jmla.config import Config, HiSparseConfig
-from jmla.fp4 import FP4CompatibilityError
+from jmla.dispatch.fp4 import FP4CompatibilityError
+from jmla.dispatch.resolve import alternatives, resolve, valid_pairs
 from jmla.indexer import (
     force_tokens,
     indexer_logits,

@@ -1,220 +1,275 @@
-"""resolve(): from a config to a plan, each choice with its reason, each refusal with a way out.
+"""The support table: which attention path reads which cache, how, and what is taken by default.
 
-The layout is decided first, from the dtype, the platform and the backends that the config names,
-since it is what the phases share. Then each phase is decided by itself, from its own setting and
-the shared facts. The table itself is `jmla.support`.
+This is data with a few look-ups, and the only place to edit when a backend learns something.
+`docs/attention_backends.md` is written from it. A *backend* is a contract, named as the serving
+engines name it, so that a config carries over; on every platform XLA fulfils all of them, and a
+device kernel only makes one faster.
 """
 
 import dataclasses
-import itertools
-import warnings
-from typing import Any
+from typing import Literal
 
-from jmla._layout_choice import LayoutChoice, choose_layout
-from jmla._phase_choice import PhaseChoice, SharedFacts, choose_phase
-from jmla._requirements import (
-    attention_problems,
-    backend_problems,
-    hisparse_problems,
-    kernel_problems,
-    name_problems,
-)
-from jmla.config import KV_CACHE_DTYPES, Config, quote
-from jmla.fp4 import (
-    FP4CompatibilityError,
-    FP4CompatibilityWarning,
-    fp4_pair_warning,
-    fp4_problems,
-)
-from jmla.layouts.base import KVLayout
-from jmla.plan import DecodePlan, Plan, PrefillPlan
-from jmla.support import (
-    PHASES,
-    Phase,
-    backends_of,
-    describe_platform,
-    detect_platform,
-    serves,
-)
+import jax
 
-# What a refusal proposes: a setting, the value that gives the choice back to jmla, and others.
-_SETTINGS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-    ("kv_cache_dtype", "auto", KV_CACHE_DTYPES[1:]),
-    ("layout", None, tuple(KVLayout)),
-    ("prefill_backend", None, backends_of("prefill")),
-    ("decode_backend", None, backends_of("decode")),
-    ("page_size", 64, (32,)),
-    ("implementation", None, ("xla", "reference")),
-    ("hisparse", None, ()),
-    ("attention", "mla", ()),
+from jmla.layouts.base import BLOCK_SCALE_TILE, FP4_BLOCK, V4_TILE, KVLayout
+
+Phase = Literal["prefill", "decode"]
+Reads = Literal["direct", "gather_dequantize", "convert"]
+IndexTransform = Literal["PAGED", "RAGGED", "PAGE_TABLE"]
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+_BF16 = KVLayout.BF16
+_RAW = KVLayout.FP8_NOPE_FP8_ROPE
+_BLOCK = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE
+_FP4 = KVLayout.FP4
+_V4 = KVLayout.FP8_V4
+
+LAYOUTS_OF_DTYPE: tuple[tuple[str, tuple[KVLayout, ...]], ...] = (
+    ("bfloat16", (_BF16,)),
+    ("fp8_e4m3", (_BLOCK, _RAW, _V4)),
+    ("fp4_e2m1", (_FP4,)),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
-    text: str
-    error: type[Exception] = ValueError
+class Access:
+    """How one phase of a backend reads one layout.
+
+    Attributes:
+        layout: the layout of the cache.
+        reads: "direct" reads the stored rows in place; "gather_dequantize" makes bf16 of the rows
+            it needs; "convert" re-packs the pages that the batch touches.
+        indices: "PAGED" are slots of the cache, "RAGGED" rows of the batch's gathered tokens;
+            "PAGE_TABLE" takes no selection and attends to every token of the page table.
+    """
+
+    layout: KVLayout
+    reads: Reads
+    indices: IndexTransform
 
 
-def resolve(config: Config) -> Plan:
-    """Decides everything that a config leaves open, or says why it cannot work.
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One row of the support table.
+
+    Attributes:
+        name: the serving engines' name.
+        prefill: what its prefill reads; empty if it has none.
+        decode: what its decode reads; empty if it has none.
+        page_sizes: the page sizes it takes; empty for any.
+        sinks: whether it adds attention sinks.
+        kernel_platforms: platforms with a device kernel; elsewhere XLA fulfils the contract.
+        picks: the backends this name stands for; a name that picks has no rows of its own.
+    """
+
+    name: str
+    prefill: tuple[Access, ...] = ()
+    decode: tuple[Access, ...] = ()
+    page_sizes: tuple[int, ...] = ()
+    sinks: bool = False
+    kernel_platforms: tuple[str, ...] = ()
+    picks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBackend:
+    """A backend of the serving engines that jmla knows by name and does not serve."""
+
+    name: str
+    nearest: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Default:
+    """Backends in order of preference for a phase without a named one.
+
+    Attributes:
+        layout: the layout of the cache.
+        blackwell: True or False for that platform family alone, None for all.
+        prefill: the first that meets page size and sinks is taken.
+        decode: likewise.
+    """
+
+    layout: KVLayout
+    blackwell: bool | None
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+
+
+def _direct(*layouts: KVLayout, indices: IndexTransform = "PAGED") -> tuple[Access, ...]:
+    return tuple(Access(layout, "direct", indices) for layout in layouts)
+
+
+def _gathered(*layouts: KVLayout, indices: IndexTransform) -> tuple[Access, ...]:
+    return tuple(Access(layout, "gather_dequantize", indices) for layout in layouts)
+
+
+_DENSE = (
+    *_direct(_BF16, _RAW, indices="PAGE_TABLE"),
+    *_gathered(_FP4, indices="PAGE_TABLE"),
+)
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "flashmla_sparse",
+        # Prompts attend to most of their tokens often: each is dequantised once for the batch.
+        prefill=(*_direct(_BF16), *_gathered(_RAW, _BLOCK, _FP4, _V4, indices="RAGGED")),
+        # A decode step needs few of its tokens once: only the selected slots are dequantised.
+        decode=(*_direct(_BF16), *_gathered(_RAW, _BLOCK, _FP4, _V4, indices="PAGED")),
+        sinks=True,
+    ),
+    Backend(
+        "flashmla_kv",
+        # A prompt is converted once; decode would convert its whole context at every step.
+        prefill=(*_direct(_BLOCK, _V4), Access(_RAW, "convert", "PAGED")),
+        decode=_direct(_BLOCK, _V4),
+    ),
+    Backend("flashmla_auto", picks=("flashmla_sparse", "flashmla_kv")),
+    Backend(
+        "trtllm", prefill=_direct(_RAW, _BF16), decode=_direct(_RAW, _BF16), page_sizes=(32, 64)
+    ),
+    Backend("fa3", prefill=_direct(_BF16), decode=_direct(_BF16)),
+    Backend("flashmla", prefill=_DENSE, decode=_DENSE, page_sizes=(64,)),
+)
+
+ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
+    EngineBackend("aiter", ("flashmla_sparse", "fa3")),
+    EngineBackend("ascend", ("flashmla_sparse", "flashmla")),
+    EngineBackend("cutedsl_mla", ("flashmla", "trtllm")),
+    EngineBackend("cutlass_mla", ("flashmla",)),
+    EngineBackend("fa4", ("fa3", "flashmla")),
+    EngineBackend("flashinfer", ("flashmla",)),
+    EngineBackend("flashinfer_sparse_mla", ("flashmla_kv", "flashmla_sparse")),
+    EngineBackend("flashmla_sparse_q8", ("flashmla_sparse",)),
+    EngineBackend("flex_attention", ("flashmla",)),
+    EngineBackend("intel_xpu", ("flashmla_sparse",)),
+    EngineBackend("tilelang", ("flashmla_sparse", "flashmla_kv")),
+    EngineBackend("torch_native", ("flashmla",)),
+    EngineBackend("triton", ("flashmla_sparse", "flashmla")),
+    EngineBackend("triton_sparse_mla", ("flashmla_sparse",)),
+    EngineBackend("trtllm_mha", ("trtllm",)),
+    EngineBackend("trtllm_mla", ("trtllm", "flashmla")),
+)
+
+DEFAULTS: tuple[Default, ...] = (
+    Default(_BF16, True, ("flashmla_sparse",), ("trtllm", "fa3", "flashmla_sparse")),
+    Default(_BF16, False, ("flashmla_sparse",), ("fa3", "flashmla_sparse")),
+    Default(_BLOCK, None, ("flashmla_kv", "flashmla_sparse"), ("flashmla_kv", "flashmla_sparse")),
+    Default(_RAW, None, ("trtllm", "flashmla_sparse"), ("trtllm", "flashmla_sparse")),
+    Default(_FP4, None, ("flashmla_sparse",), ("flashmla_sparse",)),
+    Default(_V4, None, ("flashmla_kv", "flashmla_sparse"), ("flashmla_kv", "flashmla_sparse")),
+)
+
+HISPARSE_BACKENDS: tuple[tuple[KVLayout, str], ...] = (
+    (_BF16, "flashmla_sparse"),
+    (_BLOCK, "flashmla_kv"),
+    (_V4, "flashmla_kv"),
+)
+
+
+def find_backend(name: str) -> Backend | None:
+    """The row of that name, or None."""
+    return next((backend for backend in BACKENDS if backend.name == name), None)
+
+
+def serves(name: str, phase: Phase) -> bool:
+    """Whether jmla has a backend of that name for that phase. A name that picks is for prefill."""
+    backend = find_backend(name)
+    if backend is None:
+        return False
+    return phase == "prefill" if backend.picks else bool(_accesses(backend, phase))
+
+
+def backends_of(phase: Phase) -> tuple[str, ...]:
+    """The names that serve that phase."""
+    return tuple(backend.name for backend in BACKENDS if serves(backend.name, phase))
+
+
+def access(name: str, phase: Phase, layout: KVLayout) -> Access | None:
+    """How that phase of that backend reads that layout, or None if it cannot."""
+    backend = find_backend(name)
+    rows = _accesses(backend, phase) if backend else ()
+    return next((row for row in rows if row.layout is layout), None)
+
+
+def layouts_read(name: str, phase: Phase) -> tuple[KVLayout, ...]:
+    """The layouts that that phase of that backend reads, in KVLayout's order."""
+    backend = find_backend(name)
+    names = (backend.picks or (name,)) if backend and serves(name, phase) else ()
+    return tuple(
+        layout for layout in KVLayout if any(access(n, phase, layout) is not None for n in names)
+    )
+
+
+def pick_auto(layout: KVLayout, platform: str, *, sinks: bool) -> tuple[str, str]:
+    """What `flashmla_auto` stands for, and why: a function of static facts, never of a batch.
 
     Args:
-        config: see `Config`; `platform="auto"` is the platform of JAX's default device.
-
-    Returns:
-        The plan. `str(plan)` tells each choice and its reason.
-
-    Raises:
-        ValueError: the settings cannot work together. The message lists every reason, and the
-            changes that would be accepted.
-        FP4CompatibilityError: likewise, and one reason is the FP4 cache. It is a ValueError.
-        NotImplementedError: the named implementation, and nothing else, is in the way.
-
-    Warns:
-        FP4CompatibilityWarning: two different backends share an FP4 cache.
+        layout: the layout of the cache.
+        platform: a concrete platform name.
+        sinks: whether the model has attention sinks.
     """
-    platform = _platform(config)
-    plan = _attempt(config, platform)
-    if isinstance(plan, Plan):
-        for warning in plan.warnings:
-            warnings.warn(warning, FP4CompatibilityWarning, stacklevel=2)
-        return plan
-    errors = {problem.error for problem in plan}
-    error: type[Exception] = ValueError
-    if FP4CompatibilityError in errors:
-        error = FP4CompatibilityError
-    elif errors == {NotImplementedError}:
-        error = NotImplementedError
-    lines = [
-        f"jmla cannot serve this config on {describe_platform(platform)}:",
-        *(f"- {problem.text}" for problem in plan),
-        "Any one of these changes is accepted instead:",
-        *(f"- {change}" for change in alternatives(config)),
-    ]
-    raise error("\n".join(lines))
-
-
-def alternatives(config: Config) -> tuple[str, ...]:
-    """The changes that make a config resolve, each line being enough by itself.
-
-    A line is one setting with every value that is accepted for it while the rest stays; or, where
-    no single setting is enough, the fewest that have to be given back to jmla together.
-    """
-    platform = _platform(config)
-
-    def accepted(**changes: Any) -> bool:
-        changed = dataclasses.replace(config, **changes)
-        return changed != config and isinstance(_attempt(changed, platform), Plan)
-
-    lines = []
-    for name, default, others in _SETTINGS:
-        values = tuple(value for value in (default, *others) if accepted(**{name: value}))
-        if values:
-            lines.append(f"{name}={quote(values)}")
-    if lines:
-        return tuple(lines)
-    defaults = {name: default for name, default, _ in _SETTINGS}
-    for count in range(2, len(_SETTINGS) + 1):
-        for names in itertools.combinations(defaults, count):
-            if accepted(**{name: defaults[name] for name in names}):
-                settings = [f"{name}={defaults[name]!r}" for name in names]
-                lines.append(f"{', '.join(settings[:-1])} and {settings[-1]} together")
-        if lines:
-            break
-    return tuple(lines)
-
-
-def valid_pairs(config: Config) -> tuple[tuple[str, str], ...]:
-    """Every (prefill, decode) pair of backends that resolves while the rest of `config` stays."""
-    platform = _platform(config)
-    return tuple(
-        (prefill, decode)
-        for prefill, decode in itertools.product(backends_of("prefill"), backends_of("decode"))
-        if isinstance(
-            _attempt(
-                dataclasses.replace(config, prefill_backend=prefill, decode_backend=decode),
-                platform,
-            ),
-            Plan,
+    if sinks:
+        return "flashmla_sparse", "only flashmla_sparse adds attention sinks"
+    if layout is _BLOCK and is_blackwell(platform):
+        return "flashmla_sparse", (
+            "on Blackwell it is faster over block scales for all but the longest contexts"
         )
+    if access("flashmla_kv", "prefill", layout):
+        return "flashmla_kv", f"it takes {layout.name} caches"
+    return "flashmla_sparse", f"flashmla_kv does not read {layout.name}"
+
+
+def default_names(phase: Phase, layout: KVLayout, platform: str) -> tuple[str, ...]:
+    """The backends to try for a phase without a named one, best first."""
+    blackwell = is_blackwell(platform)
+    row = next(
+        row for row in DEFAULTS if row.layout is layout and row.blackwell in (None, blackwell)
     )
+    return row.prefill if phase == "prefill" else row.decode
 
 
-def _platform(config: Config) -> str:
-    return detect_platform() if config.platform == "auto" else config.platform
+def dtype_of(layout: KVLayout) -> str:
+    """The `kv_cache_dtype` that a layout stores."""
+    return next(dtype for dtype, layouts in LAYOUTS_OF_DTYPE if layout in layouts)
 
 
-def _attempt(config: Config, platform: str) -> Plan | list[_Problem]:
-    """The plan of a config, or everything that is in its way."""
-    named: dict[Phase, str | None] = {
-        "prefill": config.prefill_backend,
-        "decode": config.decode_backend,
-    }
-    served = {
-        phase: name if name and serves(name, phase) else None for phase, name in named.items()
-    }
-    cache = choose_layout(config, platform, served["prefill"], served["decode"])
-
-    texts = attention_problems(config)
-    fp4_texts = []
-    if config.kv_cache_dtype == "fp4_e2m1" or config.layout is KVLayout.FP4:
-        fp4_texts = fp4_problems(config, platform)
-    else:
-        for phase in PHASES:
-            texts += name_problems(phase, named[phase])
-    for phase in PHASES:
-        texts += backend_problems(phase, named[phase], config)
-    if not fp4_texts:  # they tell the same, with the history of the rule
-        texts += cache.problems
-    texts += hisparse_problems(config, cache.layout)
-    problems = [_Problem(text, FP4CompatibilityError) for text in fp4_texts]
-    problems += [_Problem(text) for text in texts]
-    if problems or cache.layout is None:
-        kernels = kernel_problems(config, platform, served)
-        return problems + [_Problem(text, NotImplementedError) for text in kernels]
-
-    facts = SharedFacts.of(config, cache.layout, platform)
-    prefill = choose_phase("prefill", served["prefill"], facts)
-    decode = choose_phase("decode", served["decode"], facts)
-    backends: dict[Phase, str | None] = {"prefill": prefill.backend, "decode": decode.backend}
-    kernels = kernel_problems(config, platform, backends)
-    if kernels:
-        return [_Problem(text, NotImplementedError) for text in kernels]
-    return _plan(config, facts, cache, prefill, decode)
+def sizes_problem(layout: KVLayout, rank: int, rope_dim: int) -> str | None:
+    """Why the layout is not defined for latents of these sizes, or None if it is."""
+    tile = {_BLOCK: BLOCK_SCALE_TILE, _V4: V4_TILE, _FP4: FP4_BLOCK}.get(layout, 1)
+    sizes = f"one scale per {tile} values needs {tile} to divide kv_lora_rank={rank}"
+    if layout is _FP4 and rope_dim % tile:
+        return f"{sizes} and rope_dim={rope_dim}"
+    return sizes if rank % tile else None
 
 
-def _plan(
-    config: Config,
-    facts: SharedFacts,
-    cache: LayoutChoice,
-    prefill: PhaseChoice,
-    decode: PhaseChoice,
-) -> Plan:
-    warning = None
-    if facts.layout is KVLayout.FP4:
-        warning = fp4_pair_warning(prefill.backend, decode.backend)
-    return Plan(
-        config=config,
-        platform=facts.platform,
-        layout=facts.layout,
-        layout_reason=cache.reason,
-        prefill=PrefillPlan(phase="prefill", num_splits=None, **_common(config, prefill)),
-        decode=DecodePlan(phase="decode", num_splits=config.num_splits, **_common(config, decode)),
-        warnings=() if warning is None else (warning,),
-    )
+def detect_platform() -> str:
+    """The platform of JAX's default device: "sm_90" and the like, "cpu", "rocm" or "tpu"."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    capability = str(getattr(device, "compute_capability", ""))
+    major, dot, minor = capability.partition(".")
+    return f"sm_{major}{minor}" if dot else "rocm"
 
 
-def _common(config: Config, choice: PhaseChoice) -> dict[str, Any]:
-    return {
-        "backend": choice.backend,
-        "implementation": config.implementation,
-        "layout": choice.access.layout,
-        "index_transform": choice.access.indices,
-        "reads": choice.access.reads,
-        "num_heads": config.num_heads,
-        "sm_scale": config.sm_scale,
-        "page_size": config.page_size,
-        "attn_sink": config.attn_sink,
-        "reasons": choice.reasons,
-    }
+def is_cuda(platform: str) -> bool:
+    """Whether the platform is an NVIDIA GPU."""
+    return platform.startswith("sm_")
+
+
+def is_blackwell(platform: str) -> bool:
+    """Whether the platform is an NVIDIA GPU of compute capability 10.0 or later."""
+    return is_cuda(platform) and int(platform.removeprefix("sm_")) >= 100
+
+
+def describe_platform(platform: str) -> str:
+    """The platform with the family's name, if it has one."""
+    if is_blackwell(platform):
+        return f"{platform} (Blackwell)"
+    return "sm_90 (Hopper)" if platform == "sm_90" else platform
+
+
+def _accesses(backend: Backend, phase: Phase) -> tuple[Access, ...]:
+    return backend.prefill if phase == "prefill" else backend.decode

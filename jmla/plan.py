@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from jmla._dense_prefill import dense_prefill
-from jmla._explain import explain
-from jmla._prefill_rows import converted_pages, gathered_rows
 from jmla.attention import Implementation, dense_decode, sparse_decode, sparse_prefill
+from jmla.backends import IndexTransform, Phase, Reads
 from jmla.batch import BatchMeta
 from jmla.cache import Cache, init_cache
 from jmla.config import Config
+from jmla.dispatch.dense_prefill import dense_prefill
+from jmla.dispatch.explain import explain
+from jmla.dispatch.prefill_rows import converted_pages, gathered_rows
 from jmla.layouts.base import KVLayout, Rows
-from jmla.support import IndexTransform, Phase, Reads
 from jmla.topk import paged_indices, ragged_indices
 
 

@@ -23,7 +23,7 @@ NEEDED = {
 def missing() -> list[str]:
     """What this Python lacks, each with the least version that serves."""
     found = []
-    if sys.version_info < (3, 12):
+    if sys.version_info < (3, 12):  # noqa: UP036 (any Python may be asked)
         found.append("Python 3.12")
     for name, least in NEEDED.items():
         try:

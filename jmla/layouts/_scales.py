@@ -1,7 +1,8 @@
 """Block scales and 8-bit values: the arithmetic that several layouts share.
 
-XLA rewrites and flushes some of it in ways that change stored bytes, so the exact forms live here:
-division, powers of two by exponent bits, saturating casts and rounding to bf16.
+What is stored must not depend on the backend, nor on what XLA fuses. XLA divides approximately on
+GPUs, multiplies by a rounded reciprocal on CPUs, and may drop a narrowing cast that a widening one
+follows. So division, rounding and powers of two are spelled out here.
 """
 
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float8e4m3fn, Float32, Int32
 from jmla.layouts.base import E4M3_MAX
 
 _F32_MAX = float(np.finfo(np.float32).max)
+_E4M3_TINY = 2.0**-6  # the smallest normal number
+_STEP_2_POW_MINUS_9 = 1.5 * 2.0**14  # f32 numbers around it are multiples of 2^-9
 POW2_FLOOR = -13
 """Smallest exponent of a power-of-two scale: ceil(log2(1e-4))."""
 
@@ -55,21 +58,49 @@ def e8m0_to_f32(exponent: UInt8[Array, "*blocks"]) -> Float32[Array, "*blocks"]:
 
 
 def divide(x: Float32[Array, "*n"], by: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
-    """x / by, correctly rounded; 0 where x is 0.
+    """x / by, correctly rounded wherever the result is a normal number.
 
-    XLA multiplies by a rounded reciprocal where it sees that the divisor is a constant or a
-    broadcast. A divisor that is selected by each element hides both.
+    A quotient that is a unit or two off is corrected by its exact remainder. The remainder is exact
+    because products of 12-bit halves are, if nothing underflows: hence the lifts.
     """
-    return x / jnp.where(x == 0, 1.0, by)
+    x, lift_x = _lifted(x)
+    by, lift_by = _lifted(by)
+    quotient = x / by
+    head, by_head = _upper_half(quotient), _upper_half(by)
+    tail, by_tail = quotient - head, by - by_head
+    remainder = x - head * by_head - head * by_tail - tail * by_head - tail * by_tail
+    corrected = quotient + remainder / by
+    # An exact quotient keeps its sign of zero; infinity and NaN have no remainder.
+    keep = (remainder == 0) | ~jnp.isfinite(corrected)
+    return jnp.where(keep, quotient, corrected) * (lift_by / lift_x)
+
+
+def _lifted(x: Float32[Array, "*n"]) -> tuple[Float32[Array, "*n"], Float32[Array, "*n"]]:
+    lift = jnp.where(jnp.abs(x) < 2.0**-30, jnp.float32(2.0**96), jnp.float32(1))
+    return x * lift, lift
+
+
+def _upper_half(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def to_e4m3(x: Float32[Array, "*n"]) -> Float8e4m3fn[Array, "*n"]:
-    """Rounds to nearest even; beyond +-448 saturates (a bare cast gives NaN); NaN stays NaN."""
-    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    """Rounds to nearest even; beyond +-448 saturates (a bare cast gives NaN); NaN stays NaN.
+
+    The rounding is done in f32, so that the result is the same if XLA drops the cast.
+    """
+    x = jnp.clip(x, -E4M3_MAX, E4M3_MAX)
+    magnitude = jnp.abs(x)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.copysign((magnitude + _STEP_2_POW_MINUS_9) - _STEP_2_POW_MINUS_9, x)
+    return jnp.where(magnitude < _E4M3_TINY, subnormal, normal).astype(jnp.float8_e4m3fn)
 
 
-def to_bf16(x: Float32[Array, "*n"]) -> BFloat16[Array, "*n"]:
-    """Rounds to bf16 for good: XLA may drop a cast to bf16 that a cast to f32 follows."""
+def to_bf16(x: Float[Array, "*n"]) -> BFloat16[Array, "*n"]:
+    """Rounds f32 to bf16, to nearest even, for good; bf16 stays as it is."""
+    if x.dtype == jnp.bfloat16:
+        return x
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 

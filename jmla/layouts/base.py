@@ -149,10 +149,7 @@ class TokenRows(abc.ABC):
             raise ValueError(f"new rows are {theirs}: expected the format of the cache, {ours}")
         if new.shape != slots.shape:
             raise ValueError(f"{new.shape=}: expected one row per slot, {slots.shape=}")
-        stored = self.flat()._map_tokens(
-            lambda leaf, rows: leaf.at[slots].set(rows, mode="drop", wrap_negative_indices=False),
-            new,
-        )
+        stored = self.flat()._map_tokens(lambda leaf, rows: _put(leaf, slots, rows), new)
         return stored.reshape(*self.shape)
 
     def _map_tokens(self, fn: Callable[..., Array], *others: Self) -> Self:
@@ -209,7 +206,20 @@ class Rows(TokenRows):
 def _take(leaf: Array, slots: Int[Array, "..."]) -> Array:
     if leaf.shape[0] == 0:  # JAX refuses to gather from an empty axis
         return jnp.zeros((*slots.shape, *leaf.shape[1:]), leaf.dtype)
-    return leaf.at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    taken = _movable(leaf).at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jax.lax.bitcast_convert_type(taken, leaf.dtype)
+
+
+def _put(leaf: Array, slots: Int[Array, "..."], rows: Array) -> Array:
+    stored = _movable(leaf).at[slots].set(_movable(rows), mode="drop", wrap_negative_indices=False)
+    return jax.lax.bitcast_convert_type(stored, leaf.dtype)
+
+
+def _movable(leaf: Array) -> Array:
+    # XLA's CPU backend widens a gather or scatter of 8-bit floats, and with it the whole cache.
+    if leaf.dtype.itemsize == 1:
+        return jax.lax.bitcast_convert_type(leaf, jnp.uint8)
+    return leaf
 
 
 def check_slots(slots: Int[Array, "..."]) -> None:

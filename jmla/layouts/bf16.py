@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from jmla.layouts._bits import check_packed, check_unpaged, from_u8, to_u8
+from jmla.layouts._scales import to_bf16
 from jmla.layouts.base import KVLayout, Rows, check_latents, check_multiple
 
 
@@ -41,7 +42,7 @@ class BF16Rows(Rows):
     def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
         """See `Rows.encode`."""
         check_latents(latents, self.width)
-        return dataclasses.replace(self, latents=latents.astype(jnp.bfloat16))
+        return dataclasses.replace(self, latents=to_bf16(latents))
 
     def dequantize(self) -> BFloat16[Array, "*tokens width"]:
         """The latents, unchanged."""

@@ -19,6 +19,7 @@ from jmla.layouts._scales import (
     scale_blocks,
     smallest_exponent,
     split_blocks,
+    to_bf16,
     to_e4m3,
 )
 from jmla.layouts.base import (
@@ -94,18 +95,12 @@ class BlockScaleRows(Rows):
         """See `Rows.encode`; the scale format is that of these rows."""
         check_latents(latents, self.width)
         blocks = split_blocks(latents[..., : self.rank], BLOCK_SCALE_TILE)
-        if self.scale_format == "pow2":
-            scales = pow2_scales(blocks)
-        else:
-            scales = divide(finite_amax(blocks), jnp.float32(E4M3_MAX))
-            scales = jnp.where(scales < float(np.finfo(np.float32).tiny), 0.0, scales)
-        per_block = scales[..., None]
-        codes = to_e4m3(jnp.where(per_block > 0, divide(blocks, per_block), 0.0 * blocks))
+        codes, scales = _pow2(blocks) if self.scale_format == "pow2" else _fp32(blocks)
         return dataclasses.replace(
             self,
             nope=codes.reshape(*latents.shape[:-1], self.rank),
             scales=scales,
-            rope=latents[..., self.rank :].astype(jnp.bfloat16),
+            rope=to_bf16(latents[..., self.rank :]),
         )
 
     def dequantize(self) -> BFloat16[Array, "*tokens width"]:
@@ -133,6 +128,13 @@ class BlockScaleRows(Rows):
         )
 
 
-def pow2_scales(blocks: Float32[Array, "*blocks size"]) -> Float32[Array, "*blocks"]:
-    """The smallest power of two, at least 2^-13, that keeps each block within +-448."""
-    return exp2(smallest_exponent(finite_amax(blocks), E4M3_MAX, floor=POW2_FLOOR))
+def _pow2(blocks: Float32[Array, "*blocks size"]) -> tuple[Array, Float32[Array, "*blocks"]]:
+    exponents = smallest_exponent(finite_amax(blocks), E4M3_MAX, floor=POW2_FLOOR)
+    return to_e4m3(blocks * exp2(-exponents)[..., None]), exp2(exponents)
+
+
+def _fp32(blocks: Float32[Array, "*blocks size"]) -> tuple[Array, Float32[Array, "*blocks"]]:
+    scales = divide(finite_amax(blocks), jnp.float32(E4M3_MAX))
+    vanishing = scales < float(np.finfo(np.float32).tiny)
+    divisor = jnp.where(vanishing, jnp.inf, scales)[..., None]
+    return to_e4m3(divide(blocks, divisor)), jnp.where(vanishing, 0.0, scales)

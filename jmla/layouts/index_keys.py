@@ -145,8 +145,9 @@ def _quantize(keys: Array, scale_format: ScaleFormat) -> tuple[Array, Array]:
     blocks = split_blocks(keys, keys.shape[-1])
     amax = finite_amax(blocks)
     if scale_format == "pow2":
-        scales = exp2(smallest_exponent(amax, E4M3_MAX, floor=_POW2_FLOOR))
+        exponents = smallest_exponent(amax, E4M3_MAX, floor=_POW2_FLOOR)
+        scales, codes = exp2(exponents), to_e4m3(blocks * exp2(-exponents)[..., None])
     else:
         scales = divide(jnp.maximum(amax, _SMALLEST_AMAX), jnp.float32(E4M3_MAX))
-    codes = to_e4m3(divide(blocks, scales[..., None]))
+        codes = to_e4m3(divide(blocks, scales[..., None]))
     return codes.reshape(keys.shape), scales[..., 0]

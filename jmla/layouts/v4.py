@@ -18,6 +18,7 @@ from jmla.layouts._scales import (
     scale_blocks,
     smallest_exponent,
     split_blocks,
+    to_bf16,
     to_e4m3,
 )
 from jmla.layouts.base import (
@@ -94,7 +95,7 @@ class V4Rows(Rows):
             self,
             nope=codes.reshape(*latents.shape[:-1], self.rank),
             exponents=(exponents + 127).astype(jnp.uint8),
-            rope=latents[..., self.rank :].astype(jnp.bfloat16),
+            rope=to_bf16(latents[..., self.rank :]),
         )
 
     def dequantize(self) -> BFloat16[Array, "*tokens width"]:

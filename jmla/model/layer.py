@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
+from jmla.backends import Phase
 from jmla.batch import BatchMeta
 from jmla.cache import Cache, append
 from jmla.indexer import indexer_logits, paged_indexer_logits, quantize_index_query
@@ -18,7 +19,6 @@ from jmla.model.mla import (
     project_output,
 )
 from jmla.plan import Plan
-from jmla.support import Phase
 from jmla.topk import select_topk
 
 

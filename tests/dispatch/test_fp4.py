@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from jmla.backends import resolve
 from jmla.config import Config
-from jmla.fp4 import FP4CompatibilityError, FP4CompatibilityWarning
+from jmla.dispatch.fp4 import FP4CompatibilityError, FP4CompatibilityWarning
+from jmla.dispatch.resolve import resolve
 from jmla.layouts.base import KVLayout
 from jmla.plan import Plan
 

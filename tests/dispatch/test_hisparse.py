@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jmla.backends import resolve
 from jmla.config import Config, HiSparseConfig
+from jmla.dispatch.resolve import resolve
 from jmla.layouts.base import KVLayout
 
 BLOCK = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE

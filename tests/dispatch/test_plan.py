@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmla.backends import resolve
+from jmla.backends import backends_of, layouts_read
 from jmla.batch import BatchMeta, make_batch
 from jmla.cache import Cache, append
 from jmla.config import Config
+from jmla.dispatch.resolve import resolve
 from jmla.layouts.base import KVLayout
 from jmla.plan import DecodePlan, Plan, PrefillPlan
-from jmla.support import backends_of, layouts_read
 from jmla.topk import identity_topk
 from tests.helpers import assert_close
 
@@ -488,9 +488,9 @@ def test_the_named_implementation_and_splits_reach_the_ops(backend: str) -> None
 
     def traced(**changes: Any) -> tuple[str, str]:
         plan = plan_of(KVLayout.BF16, **both, **changes)
-        prefill = jax.make_jaxpr(lambda *args: run_prefill(plan.prefill, *args), static_argnums=1)
-        decode = jax.make_jaxpr(lambda *args: run_decode(plan.decode, *args), static_argnums=1)
-        return str(prefill(cache, 16)), str(decode(cache, 16))
+        prefill = jax.make_jaxpr(plan.prefill)(queries(140), cache, *prefill_case(16))
+        decode = jax.make_jaxpr(plan.decode)(queries(3, 2), cache, *decode_case(16))
+        return str(prefill), str(decode)
 
     xla, reference = traced(), traced(implementation="reference")
     assert xla[0] != reference[0]
@@ -507,7 +507,7 @@ def test_the_scale_format_of_the_cache() -> None:
         plan_of(layout, scale_format=scale_format).init_cache(1).rows
         for scale_format in ("pow2", "fp32")
     ]
-    pow2, fp32 = (jax.tree.structure(rows) for rows in formats)
+    pow2, fp32 = (str(jax.tree.structure(rows)) for rows in formats)
     assert pow2 != fp32
     assert "fp32 scales" in str(plan_of(layout, scale_format="fp32"))
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jmla.backends import alternatives, resolve
 from jmla.config import Config, HiSparseConfig
+from jmla.dispatch.resolve import alternatives, resolve, valid_pairs
 from jmla.layouts.base import KVLayout
 from jmla.plan import Plan
 
@@ -462,3 +462,13 @@ def test_a_dense_plan_keeps_no_index_keys() -> None:
     assert dense.index_dim is None
     assert "1152 bytes per token" in str(dense)
     assert plan_of(prefill_backend="flashmla", kv_cache_dtype="bfloat16").index_dim == 128
+
+
+def test_valid_pairs_are_those_that_resolve() -> None:
+    config = Config(num_heads=16, sm_scale=0.1, layout=KVLayout.FP8_NOPE_FP8_ROPE, platform="cpu")
+    pairs = valid_pairs(config)
+    assert ("flashmla_kv", "trtllm") in pairs and ("flashmla_sparse", "trtllm") in pairs
+    assert ("trtllm", "flashmla_kv") not in pairs and ("fa3", "trtllm") not in pairs
+    for prefill, decode in pairs:
+        plan = resolve(dataclasses.replace(config, prefill_backend=prefill, decode_backend=decode))
+        assert plan.layout is KVLayout.FP8_NOPE_FP8_ROPE

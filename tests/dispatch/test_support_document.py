@@ -1,11 +1,6 @@
 from pathlib import Path
 
-from jmla._support_document import support_document
-from jmla.backends import resolve
-from jmla.cache import init_cache
-from jmla.config import Config
-from jmla.layouts.base import KVLayout
-from jmla.support import (
+from jmla.backends import (
     BACKENDS,
     DEFAULTS,
     ENGINE_BACKENDS,
@@ -14,6 +9,11 @@ from jmla.support import (
     serves,
     sizes_problem,
 )
+from jmla.cache import init_cache
+from jmla.config import Config
+from jmla.dispatch.document import support_document
+from jmla.dispatch.resolve import resolve
+from jmla.layouts.base import KVLayout
 
 NAMES = [*(row.name for row in BACKENDS), *(row.name for row in ENGINE_BACKENDS)]
 
@@ -22,7 +22,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "attention_backends.md"
 
 def test_the_document_is_what_the_table_says() -> None:
     assert DOCUMENT.read_text() == support_document(), (
-        "run python -m jmla._support_document > docs/attention_backends.md"
+        "run python -m jmla.dispatch.document > docs/attention_backends.md"
     )
 
 

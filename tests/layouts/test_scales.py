@@ -60,16 +60,29 @@ def test_exp2_and_e8m0_are_exact():
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_division_is_correctly_rounded_where_xla_would_use_a_reciprocal(jit):
-    x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+def test_division_is_correctly_rounded_on_every_backend(jit):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((512, 64)) * 2.0 ** rng.uniform(-110, 120, (512, 1))).astype(
+        np.float32
+    )
+    by = np.abs(x).max(-1, keepdims=True)
     divide = jax.jit(_scales.divide) if jit else _scales.divide
     by_constant = lambda x: _scales.divide(x, jnp.float32(448))  # noqa: E731
     by_constant = jax.jit(by_constant) if jit else by_constant
-    np.testing.assert_array_equal(by_constant(x), x / np.float32(448))
-    np.testing.assert_array_equal(divide(jnp.asarray(x), jnp.asarray(x[:, :1])), x / x[:, :1])
-    assert (np.asarray(jax.jit(lambda x: x / jnp.float32(448))(x)) != x / np.float32(448)).any(), (
-        "XLA no longer rewrites a division by a constant: _scales.divide may be dropped"
-    )
+    np.testing.assert_array_equal(by_constant(jnp.asarray(by)), by / np.float32(448))
+    np.testing.assert_array_equal(divide(jnp.asarray(x), jnp.asarray(by)), x / by)
+    scales = by / np.float32(448)
+    np.testing.assert_array_equal(divide(jnp.asarray(x), jnp.asarray(scales)), x / scales)
+    small = np.float32(3e-9)
+    by = by[by < 1e29]
+    np.testing.assert_array_equal(divide(jnp.asarray(by), jnp.asarray(small)), by / small)
+
+
+def test_division_of_what_is_not_finite():
+    x = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0, -0.0, F32.max], jnp.float32)
+    expected = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, np.inf], np.float32)
+    ours = np.asarray(_scales.divide(x, jnp.full_like(x, 0.5)))
+    np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -79,10 +92,16 @@ def test_e4m3_rounds_once_and_saturates(jit):
     x = np.concatenate(
         [codes, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9))]
     )
-    x = np.concatenate([x, -x])
+    x = np.concatenate([x, -x, np.random.default_rng(0).uniform(-1, 1, 4096).astype(np.float32)])
     to_e4m3 = jax.jit(_scales.to_e4m3) if jit else _scales.to_e4m3
     ours = np.asarray(to_e4m3(jnp.asarray(x))).view(np.uint8)
     np.testing.assert_array_equal(ours, x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    widened = lambda x: _scales.to_e4m3(x).astype(jnp.float32)  # noqa: E731
+    widened = jax.jit(widened) if jit else widened
+    np.testing.assert_array_equal(
+        np.asarray(widened(jnp.asarray(x))).view(np.uint32),
+        x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32).view(np.uint32),
+    )
     beyond = np.array([448.1, 464, 464.1, 500, 1e30, np.inf, -449, -np.inf], np.float32)
     np.testing.assert_array_equal(
         np.asarray(to_e4m3(jnp.asarray(beyond)), np.float32), np.sign(beyond) * 448

@@ -1,11 +1,9 @@
-"""The support table as a Markdown document, written from the data in `jmla.support`."""
+"""The support table as a Markdown document, written from the data in `jmla.backends`."""
 
 import sys
 from collections.abc import Iterable
 
-from jmla.fp4 import ENGINE_RULES, fp4_backends
-from jmla.layouts.base import KVLayout
-from jmla.support import (
+from jmla.backends import (
     BACKENDS,
     DEFAULTS,
     ENGINE_BACKENDS,
@@ -17,11 +15,13 @@ from jmla.support import (
     dtype_of,
     layouts_read,
 )
+from jmla.dispatch.fp4 import ENGINE_RULES, fp4_backends
+from jmla.layouts.base import KVLayout
 
 _INTRODUCTION = """\
 # Attention backends
 
-This page is written by `python -m jmla._support_document > docs/attention_backends.md` from the
+This page is written by `python -m jmla.dispatch.document > docs/attention_backends.md` from the
 table that `jmla.resolve` decides from; a test keeps the two the same.
 
 A *backend* is a contract: which phase it serves, which cache layouts it reads, how, and which

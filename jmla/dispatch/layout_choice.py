@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from jmla.config import Config, quote
-from jmla.layouts.base import KVLayout
-from jmla.support import (
+from jmla.backends import (
     HISPARSE_BACKENDS,
     LAYOUTS_OF_DTYPE,
     PHASES,
@@ -17,6 +15,8 @@ from jmla.support import (
     layouts_read,
     sizes_problem,
 )
+from jmla.config import Config, quote
+from jmla.layouts.base import KVLayout
 
 _BF16 = KVLayout.BF16
 _RAW = KVLayout.FP8_NOPE_FP8_ROPE

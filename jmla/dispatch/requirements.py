@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 
-from jmla.config import Config, quote
-from jmla.layouts.base import KVLayout
-from jmla.support import (
+from jmla.backends import (
     BACKENDS,
     ENGINE_BACKENDS,
     HISPARSE_BACKENDS,
@@ -15,6 +13,8 @@ from jmla.support import (
     find_backend,
     serves,
 )
+from jmla.config import Config, quote
+from jmla.layouts.base import KVLayout
 
 HISPARSE_DTYPES = ("auto", "bfloat16", "fp8_e4m3")
 

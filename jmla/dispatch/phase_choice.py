@@ -6,9 +6,7 @@ That nothing here can see the other phase's setting is the point of this file.
 import dataclasses
 from typing import Self
 
-from jmla.config import Config
-from jmla.layouts.base import KVLayout
-from jmla.support import (
+from jmla.backends import (
     HISPARSE_BACKENDS,
     Access,
     Backend,
@@ -19,6 +17,8 @@ from jmla.support import (
     find_backend,
     pick_auto,
 )
+from jmla.config import Config
+from jmla.layouts.base import KVLayout
 
 
 @dataclasses.dataclass(frozen=True)

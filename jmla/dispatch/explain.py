@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from jmla.backends import describe_platform
 from jmla.layouts.base import KVLayout
-from jmla.support import describe_platform
 
 if TYPE_CHECKING:  # plan.py imports this file
     from jmla.plan import PhasePlan, Plan
