@@ -41,7 +41,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens-a-step", type=int, default=131072)
-    for name, steps in (("short", 2000), ("dense", 1000), ("warmup", 200), ("sparse", 400)):
+    for name, steps in (
+        ("short", 2000),
+        ("dense", 1000),
+        ("warmup", 200),
+        ("sparse", 400),
+        ("fp4", 100),
+    ):
         parser.add_argument(f"--{name}-steps", type=int, default=steps)
     parser.add_argument("--short-context", type=int, default=1024)
     parser.add_argument("--context", type=int, default=8192)
@@ -49,16 +55,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_steps(
-    config, optimizer, stage: Stage, attention: DenseAttention, data, context: int, batch: int
-):
-    """A compiled function that makes `STEPS_A_CALL` optimizer steps on random windows of `data`."""
+def make_steps(objective, optimizer, data, context: int, batch: int):
+    """A compiled function that makes `STEPS_A_CALL` optimizer steps on random windows of `data`.
+
+    Both parts of `objective` are minimised; a frozen parameter is the optimizer's business.
+    """
 
     def loss(params: Params, tokens):
         half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-        entropy, divergence = losses(half, config, tokens, stage=stage, attention=attention)
-        total = divergence if stage == "warmup" else entropy + divergence
-        return total, (entropy, divergence)
+        entropy, divergence = objective(half, tokens=tokens)
+        return entropy + divergence, (entropy, divergence)
 
     def step(carry, key):
         params, state = carry
@@ -133,6 +139,7 @@ def provenance(
         "dense_steps",
         "warmup_steps",
         "sparse_steps",
+        "fp4_steps",
         "short_context",
         "context",
     )
@@ -192,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("dense", "dense", options.dense_steps, options.context, 1e-3),
         ("warmup", "warmup", options.warmup_steps, options.context, 3e-3),
         ("sparse", "sparse", options.sparse_steps, options.context, 5e-4),
+        ("fp4", "sparse", options.fp4_steps, options.context, 3e-4),
     ]
     params = init_params(jax.random.key(options.seed), config)
     done: dict[str, dict] = {}
@@ -206,7 +214,14 @@ def main(arguments: list[str] | None = None) -> None:
         tokens = options.tokens_a_step // (1 if stage == "dense" else 2)
         optimizer = make_optimizer(stage, peak, steps)
         batch = max(tokens // context, 1)
-        step_calls = make_steps(config, optimizer, stage, options.attention, data, context, batch)
+        objective = partial(
+            losses,
+            config=config,
+            stage=stage,
+            attention=options.attention,
+            fp4_sequences=(batch + 1) // 2 if name == "fp4" else 0,
+        )
+        step_calls = make_steps(objective, optimizer, data, context, batch)
         params = run_stage(
             name,
             (params, optimizer.init(params)),

@@ -2,12 +2,14 @@
 
 Dense: the language model alone, attending to everything. Warm-up: the model is frozen and its
 indexer learns the attention distribution. Sparse: each query attends to the indexer's choice; the
-indexer goes on learning the distribution over what it chose, the model the text.
+indexer goes on learning the distribution over what it chose, the model the text. An own last step
+rounds some sequences' latents as an FP4 cache would, so that the model bears it.
 
 Training expands keys and values per head (cheaper than the latent space while every key is read);
 `jmla.model` shares every projection, so the weights serve unchanged.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -17,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from examples.byte_lm import ByteLMConfig, Params, mlp, read_out
+from jmla import KVLayout, dequantize, quantize
 from jmla.model import Projections, project, rms_norm
 
 Stage = Literal["dense", "warmup", "sparse"]
@@ -30,6 +33,7 @@ def losses(
     *,
     stage: Stage,
     attention: DenseAttention,
+    fp4_sequences: int = 0,
     query_chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross entropy of the next byte and mean indexer divergence, summed over layers; nats.
@@ -40,6 +44,7 @@ def losses(
         tokens: `[batch, context + 1]` bytes; the last is only predicted.
         stage: which part of the recipe; "dense" has no indexer divergence (0).
         attention: implementation of dense attention.
+        fp4_sequences: how many of the batch attend to latents that went through an FP4 cache.
         query_chunk: queries handled at once where probabilities are needed; divides context.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -51,6 +56,10 @@ def losses(
     def layer_step(layer: Params, x: Array) -> tuple[Array, Array]:
         normed = rms_norm(x, layer["attention_norm"], config.mla.norm_eps)
         projected = project(layer["attention"], config.mla, normed, positions)
+        if fp4_sequences:
+            stored, kept = jnp.split(projected.latents, [fp4_sequences * length])
+            stored = _through_fp4(stored, config.mla.qk_rope_head_dim)
+            projected = replace(projected, latents=jnp.concatenate([stored, kept]))
         q, k, v = _expand(layer["attention"], config, projected, (batch, length))
         if stage == "dense":
             out = _dense_attention(q, k, v, config, attention)
@@ -77,6 +86,13 @@ def losses(
         log_probabilities, targets.reshape(-1, 1).astype(jnp.int32), axis=1
     )
     return -jnp.mean(chosen), divergence
+
+
+def _through_fp4(latents: Float[Array, "t dl"], rope_dim: int) -> Float[Array, "t dl"]:
+    """What an FP4 cache gives back; the gradient passes as if it were exact."""
+    rows = quantize(jax.lax.stop_gradient(latents), KVLayout.FP4, rope_dim=rope_dim)
+    rounded = dequantize(rows).astype(latents.dtype)
+    return latents + jax.lax.stop_gradient(rounded - latents)
 
 
 def _expand(

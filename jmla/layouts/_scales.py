@@ -14,7 +14,6 @@ from jmla.layouts.base import E4M3_MAX
 
 _F32_MAX = float(np.finfo(np.float32).max)
 _E4M3_TINY = 2.0**-6  # the smallest normal number
-_STEP_2_POW_MINUS_9 = 1.5 * 2.0**14  # f32 numbers around it are multiples of 2^-9
 POW2_FLOOR = -13
 """Smallest exponent of a power-of-two scale: ceil(log2(1e-4))."""
 
@@ -88,13 +87,14 @@ def _upper_half(x: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
 def to_e4m3(x: Float32[Array, "*n"]) -> Float8e4m3fn[Array, "*n"]:
     """Rounds to nearest even; beyond +-448 saturates (a bare cast gives NaN); NaN stays NaN.
 
-    The rounding is done in f32, so that the result is the same if XLA drops the cast.
+    The rounding is done in f32, so that the result is the same if XLA drops the cast. Adding and
+    subtracting a constant would not do: XLA drops that too.
     """
     x = jnp.clip(x, -E4M3_MAX, E4M3_MAX)
-    magnitude = jnp.abs(x)
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
-    subnormal = jnp.copysign((magnitude + _STEP_2_POW_MINUS_9) - _STEP_2_POW_MINUS_9, x)
-    return jnp.where(magnitude < _E4M3_TINY, subnormal, normal).astype(jnp.float8_e4m3fn)
+    steps = jax.lax.round(x * 2.0**9, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    subnormal = steps * 2.0**-9
+    return jnp.where(jnp.abs(x) < _E4M3_TINY, subnormal, normal).astype(jnp.float8_e4m3fn)
 
 
 def to_bf16(x: Float[Array, "*n"]) -> BFloat16[Array, "*n"]:

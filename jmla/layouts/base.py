@@ -5,7 +5,7 @@ A layout's rows are a pytree whose array leaves all begin with the same token ax
 nothing is ever guessed from a shape, and two formats of equal shape have different tree structures.
 
 Constructors of the dataclasses check nothing: JAX rebuilds them with tracers, None and
-ShapeDtypeStruct as leaves. `zeros`, `encode`, `decode` and `check` do.
+ShapeDtypeStruct as leaves. `zeros`, `encode`, `unpack` and `check` do.
 """
 
 import abc

@@ -56,6 +56,15 @@ class FP8Rows(Rows):
         values = jnp.zeros((*shape, rank + rope_dim), jnp.float8_e4m3fn)
         return cls(values, scale, rank=rank, rope_dim=rope_dim)
 
+    def check(self) -> None:
+        """See `TokenRows.check`; the scale must be an f32 scalar."""
+        super().check()
+        if self.scale is not None and (self.scale.shape, self.scale.dtype) != ((), jnp.float32):
+            raise ValueError(
+                f"FP8Rows.scale: {self.scale.shape=} {self.scale.dtype=}: expected an f32 scalar, "
+                "or None for exactly 1"
+            )
+
     def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
         """See `Rows.encode`; the scale is that of these rows."""
         check_latents(latents, self.width)

@@ -42,6 +42,25 @@ def test_sparse_with_a_wide_choice_is_dense(params):
     assert abs(float(loss(params, "sparse")[0] - loss(params, "dense")[0])) > 1e-5
 
 
+def test_fp4_latents_cost_something_and_pass_gradients(params):
+    def rounded(params, sequences):
+        return losses(
+            params,
+            CONFIG,
+            TOKENS,
+            stage="sparse",
+            attention="xla",
+            fp4_sequences=sequences,
+            query_chunk=16,
+        )[0]
+
+    exact, half, whole = (float(rounded(params, n)) for n in (0, 1, 2))
+    assert exact == float(loss(params, "sparse")[0])
+    assert len({exact, half, whole}) == 3 and abs(whole - exact) < 0.2
+    gradient = jax.grad(rounded)(params, 2)
+    assert bool(jnp.any(gradient["layers"][0]["attention"]["kv_down"] != 0))
+
+
 def test_divergence_moves_the_indexer_alone(params):
     gradient = jax.grad(lambda p: loss(p, "warmup")[1])(params)
     moved = jax.tree_util.tree_map_with_path(

@@ -1,5 +1,7 @@
 """FP8_NOPE_FP8_ROPE and the byte-exact repacking of it to block scale."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,10 @@ def test_a_new_scale_requantises():
     rows = convert(small_rows("fp8", 4), RAW, scale=0.25)
     expected = quantize(dequantize(small_rows("fp8", 4)), RAW, rope_dim=ROPE_DIM, scale=0.25)
     assert_same_rows(rows, expected)
+
+
+def test_check_refuses_a_scale_that_is_not_one_number():
+    rows = small_rows("fp8_scale", 3)
+    for scale in (jnp.ones(3), jnp.ones((), jnp.bfloat16)):
+        with pytest.raises(ValueError, match="expected an f32 scalar"):
+            dequantize(dataclasses.replace(rows, scale=scale))  # type: ignore[call-arg]
