@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
+from jmla._dense_prefill import dense_prefill
+from jmla._prefill_rows import converted_pages, gathered_rows
 from jmla.attention import Implementation, dense_decode, sparse_decode, sparse_prefill
 from jmla.backends import IndexTransform, Phase, Reads
 from jmla.batch import BatchMeta
 from jmla.cache import Cache, init_cache
 from jmla.config import Config
-from jmla.dispatch.dense_prefill import dense_prefill
-from jmla.dispatch.explain import explain
-from jmla.dispatch.prefill_rows import converted_pages, gathered_rows
 from jmla.layouts.base import KVLayout, Rows
 from jmla.topk import paged_indices, ragged_indices
 
@@ -140,6 +139,7 @@ class Plan:
         prefill: the prefill; call it.
         decode: the decode step; call it.
         warnings: what works but deserves a second look.
+        explanation: all of this in words, what `str` gives; left out of comparisons.
     """
 
     config: Config
@@ -149,6 +149,7 @@ class Plan:
     prefill: PrefillPlan
     decode: DecodePlan
     warnings: tuple[str, ...] = ()
+    explanation: str = dataclasses.field(default="", compare=False)
 
     def init_cache(self, num_pages: int) -> Cache:
         """An empty cache of `num_pages` pages in the plan's layout.
@@ -181,7 +182,7 @@ class Plan:
         return None if transforms == ("PAGE_TABLE",) * 2 else self.config.index_head_dim
 
     def __str__(self) -> str:
-        return explain(self)
+        return self.explanation
 
 
 @jax.jit(static_argnums=0)

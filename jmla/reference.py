@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jmla.layouts.base import Rows
@@ -154,7 +155,7 @@ def _normalise(
     out: Float[Array, "*rows h value"],
     top: Float[Array, "*rows h"],
     total: Float[Array, "*rows h"],
-    dtype: jnp.dtype | type,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "*rows h value"], Float[Array, "*rows h"]]:
     """Divide by the sum of weights; nothing to attend gives out 0 and lse -inf."""
     empty = total == 0.0

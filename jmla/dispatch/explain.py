@@ -1,15 +1,10 @@
 """A plan in words."""
 
-from __future__ import annotations
-
 import textwrap
-from typing import TYPE_CHECKING
 
 from jmla.backends import describe_platform
 from jmla.layouts.base import KVLayout
-
-if TYPE_CHECKING:  # plan.py imports this file
-    from jmla.plan import PhasePlan, Plan
+from jmla.plan import PhasePlan, Plan
 
 _WIDTH = 100
 

@@ -19,6 +19,7 @@ from jmla.backends import (
     serves,
 )
 from jmla.config import KV_CACHE_DTYPES, Config, quote
+from jmla.dispatch.explain import explain
 from jmla.dispatch.fp4 import (
     FP4CompatibilityError,
     FP4CompatibilityWarning,
@@ -79,7 +80,7 @@ def resolve(config: Config) -> Plan:
     if isinstance(plan, Plan):
         for warning in plan.warnings:
             warnings.warn(warning, FP4CompatibilityWarning, stacklevel=2)
-        return plan
+        return dataclasses.replace(plan, explanation=explain(plan))
     errors = {problem.error for problem in plan}
     error: type[Exception] = ValueError
     if FP4CompatibilityError in errors:
