@@ -241,7 +241,8 @@ def _report(rows: list[Row], windows: int, scored: int, folder: Path, console: C
         "",
         "![bits per byte of every cache and selection](accuracy.png)",
         "",
-        f"{environment}. Made by `python -m examples.decode_loop --compare --out docs/accuracy`.",
+        f"{environment}. Made by "
+        f"`python -m examples.decode_loop --compare --windows {windows} --out docs/accuracy`.",
     ]
     (folder / "accuracy.md").write_text("\n".join(markdown) + "\n")
     _plot(rows, title, folder / "accuracy.png")

@@ -27,8 +27,9 @@ from jmla.reference import apply_sink
 
 HEAD_BLOCK = 16
 KEYS_PER_STEP = 2048
-MAX_ROWS_PER_STEP = 16
-MAX_GATHERED_ROWS = MAX_ROWS_PER_STEP * KEYS_PER_STEP
+DECODE_ROWS_PER_STEP = 16
+MAX_ROWS_PER_STEP = 128
+MAX_GATHERED_ROWS = DECODE_ROWS_PER_STEP * KEYS_PER_STEP
 
 
 class KeyLists(NamedTuple):
@@ -60,7 +61,9 @@ class _Softmax(NamedTuple):
     total: Float[Array, "*rows"]
 
 
-@functools.partial(jax.jit, static_argnames=("page_sizes", "num_splits", "cpu_rows_per_step"))
+@functools.partial(
+    jax.jit, static_argnames=("page_sizes", "num_splits", "rows_per_step", "cpu_rows_per_step")
+)
 def attend(
     q: BFloat16[Array, "n tokens h width"],
     lists: Sequence[KeyLists],
@@ -69,6 +72,7 @@ def attend(
     sm_scale: float | Float[Array, ""],
     attn_sink: Float[Array, " h"] | None,
     num_splits: int,
+    rows_per_step: int,
     cpu_rows_per_step: int,
 ) -> _Results:
     """Attention of `n` rows to the union of their lists.
@@ -80,7 +84,8 @@ def attend(
         sm_scale: factor on the logits.
         attn_sink: a logit per head, or None.
         num_splits: each list is cut into at least this many parts, which are joined by their LSE.
-        cpu_rows_per_step: `rows_per_step` on CPU. A few rows waste no time there on padding, many
+        rows_per_step: rows of one step; times the keys of a step at most `MAX_GATHERED_ROWS`.
+        cpu_rows_per_step: the same on CPU. A few rows waste no time there on padding, many
             make the matrix products faster.
 
     Returns:
@@ -94,8 +99,16 @@ def attend(
         scale,
         attn_sink,
         cpu=functools.partial(loop, rows_per_step=cpu_rows_per_step),
-        default=functools.partial(loop, rows_per_step=MAX_ROWS_PER_STEP),
+        default=functools.partial(loop, rows_per_step=rows_per_step),
     )
+
+
+def widest_step(num_keys: int) -> int:
+    """How many rows with lists of `num_keys` fit in a step: fewer steps keep a GPU busier.
+
+    It depends on the length of the lists alone, as the shapes of the products must.
+    """
+    return min(MAX_ROWS_PER_STEP, MAX_GATHERED_ROWS // min(num_keys, KEYS_PER_STEP))
 
 
 def _attend_loop(

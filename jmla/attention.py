@@ -110,6 +110,7 @@ def sparse_decode(
         page_sizes=(1,) * len(lists),
         sm_scale=sm_scale,
         attn_sink=attn_sink,
+        rows_per_step=_xla_attention.DECODE_ROWS_PER_STEP,
         cpu_rows_per_step=_CPU_DECODE_ROWS_PER_STEP,
         num_splits=num_splits or 1,
     )
@@ -161,6 +162,7 @@ def sparse_prefill(
         page_sizes=(1,),
         sm_scale=sm_scale,
         attn_sink=attn_sink,
+        rows_per_step=_xla_attention.widest_step(indices.shape[-1]),
         cpu_rows_per_step=_CPU_PREFILL_ROWS_PER_STEP,
         num_splits=1,
     )
@@ -214,6 +216,7 @@ def dense_decode(
         page_sizes=(rows.shape[1],),
         sm_scale=sm_scale,
         attn_sink=None,
+        rows_per_step=_xla_attention.DECODE_ROWS_PER_STEP,
         cpu_rows_per_step=_CPU_DECODE_ROWS_PER_STEP,
         num_splits=1,
     )

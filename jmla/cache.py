@@ -82,6 +82,11 @@ def init_cache(
     """
     if num_pages < 0 or page_size < 1:
         raise ValueError(f"{num_pages=} {page_size=}: expected 0 or more pages of 1 or more tokens")
+    if num_pages * page_size > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"{num_pages=} {page_size=}: expected at most {jnp.iinfo(jnp.int32).max} slots, which "
+            "are int32; use several caches"
+        )
     shape = (num_pages, page_size)
     rows = zero_rows(
         layout, shape, rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale

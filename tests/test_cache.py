@@ -132,6 +132,8 @@ def test_wrong_arguments_say_what_was_expected():
             append(*arguments)
     with pytest.raises(ValueError, match="0 or more pages"):
         init_cache(KVLayout.BF16, num_pages=-1)
+    with pytest.raises(ValueError, match="at most 2147483647 slots"):
+        init_cache(KVLayout.BF16, num_pages=2**25, page_size=64)
     with pytest.raises(ValueError, match="1 or more tokens"):
         init_cache(KVLayout.BF16, num_pages=1, page_size=0)
 

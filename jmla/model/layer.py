@@ -129,7 +129,6 @@ def choose_positions(
             "cache.index_keys is None: the indexer has nothing to score; make the cache with an "
             "index_dim (Config.index_head_dim)."
         )
-    # The keys' own convention serves the queries: both lose precision alike.
     queries, weights = quantize_index_query(indexer.queries, indexer.weights)
     tokens = queries.shape[0]
     if phase == "decode":
