@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both make the environment they need.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit train
+.PHONY: help demo test test-oldest lint types unit train
 
 # A Python that already has every package (a GPU image, an active environment) is used as it is;
 # otherwise .venv is made from a Python 3.12 or newer.
@@ -22,16 +22,27 @@ WORKERS := $(if $(DRIVER),8,auto)
 help:
 	@echo "make demo   generate text with the example model (ARGS=... for its options, see ARGS=--help)"
 	@echo "make test   lint, types and tests (TESTS=... for some of them)"
+	@echo "make test-oldest  the tests on JAX $(OLDEST_JAX), in an environment of its own"
 	@echo "make train  train the example model again; wants a GPU"
 
-.venv/.ready: pyproject.toml
+# The oldest JAX that pyproject.toml admits.
+OLDEST_JAX := 0.11.2
+
+define make_venv
 	@base=""; for name in python3.12 python3.13 python3.14 python3 python; do \
 	  if $$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then base=$$name; break; fi; \
 	done; \
 	if [ -z "$$base" ]; then echo "jmla needs Python 3.12 or newer on the PATH; found none." >&2; exit 1; fi; \
-	echo "making .venv with $$($$base --version)"; $$base -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev$(CUDA)]"
+	echo "making $(@D) with $$($$base --version)"; $$base -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable $(1)
 	@touch $@
+endef
+
+.venv/.ready: pyproject.toml
+	$(call make_venv,".[dev$(CUDA)]")
+
+.venv-oldest/.ready: pyproject.toml
+	$(call make_venv,".[test$(CUDA)]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX))
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) -m examples.decode_loop $(ARGS)
@@ -52,3 +63,6 @@ types: $(ENVIRONMENT)
 
 unit: $(ENVIRONMENT)
 	$(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from examples.byte_lm import ByteLMConfig, Params
 from examples.corpus import HELD_OUT, held_out_windows
-from examples.generation import Chooser, decode_step, new_caches, prefill_chunk
+from examples.generation import Chooser, extend, new_caches, prefill_chunk
 from jmla import Cache, Config, KVLayout, Plan, resolve, valid_pairs
 
 # Each scored byte has at least this many bytes of context.
@@ -183,8 +183,17 @@ def _decode_nats(
     def step(carry, pair):
         caches, stored = carry
         given, following = pair
-        caches, logits = decode_step(
-            params, caches, page_table, stored, given, config=config, plan=plan, chooser=chooser
+        caches, logits = extend(
+            params,
+            caches,
+            page_table,
+            stored,
+            jnp.ones_like(stored),
+            given,
+            config=config,
+            plan=plan,
+            phase="decode",
+            chooser=chooser,
         )
         return (caches, stored + 1), _nats(logits, following)
 

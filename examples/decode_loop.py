@@ -12,17 +12,26 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
+from jaxtyping import Array
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.accuracy import compare
-from examples.byte_lm import END_OF_DOCUMENT, ByteLMConfig, Params, load_params
-from examples.generation import DecodeState, decode_loop, new_caches, prefill_chunk, sample
+from examples.byte_lm import END_OF_DOCUMENT, VOCABULARY, ByteLMConfig, Params, load_params
+from examples.generation import (
+    DecodeState,
+    decode_loop,
+    first_token,
+    new_caches,
+    prefill_chunk,
+)
 from jmla import Config, KVLayout, Plan, resolve
 
 HERE = Path(__file__).parent
@@ -35,9 +44,15 @@ LAYOUTS = {
     "fp4": KVLayout.FP4,
     "584": KVLayout.FP8_V4,
 }
-# Bytes per call of the prefill and of the decode loop; text appears after each.
+# Bytes per call of the prefill and of the decode loop; text appears after each of the latter.
 PREFILL_CHUNK = 512
 DECODE_CHUNK = 32
+PROGRESS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total}"),
+    TimeElapsedColumn(),
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,30 @@ def check_sizes(options: argparse.Namespace, config: ByteLMConfig) -> None:
         raise ValueError(f"{options.temperature=}: expected a finite number, 0 or more.")
 
 
+@dataclass(frozen=True)
+class Programs:
+    """What runs, compiled once: a chunk of a prompt, the byte after it, a chunk of new bytes."""
+
+    prefill: Compiled
+    first: Compiled
+    decode: Compiled
+
+
+def compile_programs(
+    params: Params, config: ByteLMConfig, plan: Plan, state: DecodeState, page_table: Array
+) -> Programs:
+    """Compile for one request and the caches of `state`."""
+    chunk = jax.ShapeDtypeStruct((PREFILL_CHUNK,), jnp.int32)
+    logits = jax.ShapeDtypeStruct((PREFILL_CHUNK, VOCABULARY), jnp.float32)
+    lens, heat = state.seq_lens, jnp.float32(0)
+    sizes = {"config": config, "plan": plan}
+    return Programs(
+        prefill_chunk.lower(params, state.caches, page_table, lens, lens, chunk, **sizes).compile(),
+        first_token.lower(logits, lens, state.key, heat).compile(),
+        decode_loop.lower(params, state, page_table, heat, steps=DECODE_CHUNK, **sizes).compile(),
+    )
+
+
 def generate(
     params: Params,
     config: ByteLMConfig,
@@ -199,61 +238,55 @@ def generate(
     console: Console,
     progress_console: Console,
 ) -> tuple[bytes, Timing]:
-    """Write the continuation of `prompt` to `console` as it comes; returns it and the timing."""
+    """Write the continuation of `prompt` to `console` as it comes; returns it and the timing.
+
+    Ends after `tokens` bytes, or where the model ends the document.
+    """
     calls = -(-(tokens - 1) // DECODE_CHUNK)
-    caches, page_table = new_caches(
-        plan, config, requests=1, context=max(context, len(prompt) + calls * DECODE_CHUNK)
-    )
+    room = max(context, len(prompt) + calls * DECODE_CHUNK)
+    caches, page_table = new_caches(plan, config, requests=1, context=room)
     key, first_key = jax.random.split(jax.random.key(seed))
     zero = jnp.zeros((1,), jnp.int32)
     heat = jnp.float32(temperature)
     padded = np.zeros(-(-len(prompt) // PREFILL_CHUNK) * PREFILL_CHUNK, np.int32)
     padded[: len(prompt)] = np.frombuffer(prompt, np.uint8)
-    chunks = jnp.asarray(padded.reshape(-1, PREFILL_CHUNK))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=progress_console, transient=True) as progress:
-        task = progress.add_task("compiling", total=2)
+    with Progress(*PROGRESS, console=progress_console, transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
         start = time.perf_counter()
-        prefill = prefill_chunk.lower(
-            params, caches, page_table, zero, zero, chunks[0], config=config, plan=plan
-        ).compile()
-        progress.advance(task)
-        state = DecodeState(caches, zero, zero, key)
-        decode = decode_loop.lower(
-            params, state, page_table, heat, steps=DECODE_CHUNK, config=config, plan=plan
-        ).compile()
-        progress.advance(task)
+        programs = compile_programs(
+            params, config, plan, DecodeState(caches, zero, zero, key), page_table
+        )
         compile_s = time.perf_counter() - start
+        progress.update(task, total=1, completed=1)
 
         task = progress.add_task("prefill, bytes", total=len(prompt))
         start = time.perf_counter()
-        for i, chunk in enumerate(chunks):
-            stored = i * PREFILL_CHUNK
-            count = min(PREFILL_CHUNK, len(prompt) - stored)
-            caches, logits = prefill(params, caches, page_table, zero + stored, zero + count, chunk)
-            logits.block_until_ready()
-            progress.advance(task, count)
-        token = sample(logits[count - 1 : count], first_key, heat)
-        generated = bytes(np.asarray(token, np.uint8))
+        for stored in range(0, len(prompt), PREFILL_CHUNK):
+            count = zero + min(PREFILL_CHUNK, len(prompt) - stored)
+            chunk = jnp.asarray(padded[stored : stored + PREFILL_CHUNK])
+            caches, logits = programs.prefill(
+                params, caches, page_table, zero + stored, count, chunk
+            )
+            progress.advance(task, int(count[0]))
+        token = programs.first(logits, count, first_key, heat)
+        generated = np.asarray(token, np.uint8).tobytes()
         first_token_s = time.perf_counter() - start
 
     text = codecs.getincrementaldecoder("utf-8")("replace")
-    console.print(text.decode(generated), end="", markup=False, highlight=False, soft_wrap=True)
+    show = partial(console.print, end="", markup=False, highlight=False, soft_wrap=True)
+    end = bytes([END_OF_DOCUMENT])
+    show(text.decode(generated.removesuffix(end)))
     state = DecodeState(caches, zero + len(prompt), token, key)
-    start = time.perf_counter()
-    for _ in range(calls):
-        state, new = decode(params, state, page_table, heat)
+    steps, start = 0, time.perf_counter()
+    while len(generated) < tokens and end not in generated:
+        state, new = programs.decode(params, state, page_table, heat)
+        steps += DECODE_CHUNK
         piece = np.asarray(new[:, 0], np.uint8).tobytes()[: tokens - len(generated)]
         generated += piece
-        console.print(text.decode(piece), end="", markup=False, highlight=False, soft_wrap=True)
+        show(text.decode(piece.partition(end)[0]))
     decode_s = time.perf_counter() - start
-    console.print(text.decode(b"", final=True), markup=False, highlight=False)
-    return generated, Timing(compile_s, first_token_s, decode_s, calls * DECODE_CHUNK)
+    show(text.decode(b"", final=True) + "\n")
+    return generated, Timing(compile_s, first_token_s, decode_s, steps)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -269,7 +302,7 @@ def run(options: argparse.Namespace) -> None:
         return
     prompt = read_prompt(options.prompt_file, room=options.context - options.tokens)
     plan = make_plan(options, config)
-    console.print(str(plan), markup=False, highlight=False)
+    console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     console.print(
         f"\nmodel: {millions:.2f} M parameters, trained on "
@@ -277,8 +310,8 @@ def run(options: argparse.Namespace) -> None:
         f"\ndevice: {jax.devices()[0].device_kind}; prompt: {len(prompt)} bytes, ending in\n",
         highlight=False,
     )
-    tail = prompt.decode("utf-8")[-160:]
-    console.print(tail, end="", style="dim", markup=False, highlight=False, soft_wrap=True)
+    tail = prompt.decode("utf-8").splitlines(keepends=True)[-5:]
+    console.print("".join(tail), end="", style="dim", markup=False, highlight=False, soft_wrap=True)
     _, timing = generate(
         params,
         config,

@@ -92,61 +92,42 @@ def floor_positions(batch: BatchMeta, config: ByteLMConfig, chooser: Chooser) ->
     return select_topk(scores, batch.lengths, k)
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "chooser"), donate_argnames=("caches",))
-def prefill_chunk(
-    params: Params,
-    caches: tuple[Cache, ...],
-    page_table: Int[Array, "1 pages"],
-    stored: Int[Array, " 1"],
-    count: Int[Array, " 1"],
-    tokens: Int[Array, " t"],
-    *,
-    config: ByteLMConfig,
-    plan: Plan,
-    chooser: Chooser = "indexer",
-) -> tuple[tuple[Cache, ...], Float[Array, "t v"]]:
-    """Append `count` bytes of one request after its `stored` ones; the logits after each.
-
-    `tokens` has a fixed length, so that every chunk of a prompt, the last included, runs the same
-    program; what is past `count` is padding.
-    """
-    batch = make_batch(
-        stored + count,
-        count,
-        page_table,
-        num_tokens=tokens.shape[0],
-        page_size=plan.config.page_size,
-    )
-    logits, caches = forward(
-        params, config, plan, tokens, caches, batch, phase="prefill", chooser=chooser
-    )
-    return caches, logits
-
-
-def decode_step(
+def extend(
     params: Params,
     caches: tuple[Cache, ...],
     page_table: Int[Array, "b pages"],
     stored: Int[Array, " b"],
-    tokens: Int[Array, " b"],
+    counts: Int[Array, " b"],
+    tokens: Int[Array, " t"],
     *,
     config: ByteLMConfig,
     plan: Plan,
+    phase: Literal["prefill", "decode"],
     chooser: Chooser = "indexer",
-) -> tuple[tuple[Cache, ...], Float[Array, "b v"]]:
-    """Append one byte to each request; the logits after it."""
-    ones = jnp.ones_like(stored)
+) -> tuple[tuple[Cache, ...], Float[Array, "t v"]]:
+    """Append `counts` bytes to the requests after their `stored` ones; the logits after each.
+
+    `tokens` holds the requests' bytes back to back; what is past them is padding, so that every
+    chunk of a prompt, the last included, runs the same program.
+    """
     batch = make_batch(
-        stored + ones,
-        ones,
+        stored + counts,
+        counts,
         page_table,
         num_tokens=tokens.shape[0],
         page_size=plan.config.page_size,
     )
     logits, caches = forward(
-        params, config, plan, tokens, caches, batch, phase="decode", chooser=chooser
+        params, config, plan, tokens, caches, batch, phase=phase, chooser=chooser
     )
     return caches, logits
+
+
+prefill_chunk = jax.jit(
+    partial(extend, phase="prefill"),
+    static_argnames=("config", "plan", "chooser"),
+    donate_argnames=("caches",),
+)
 
 
 def sample(
@@ -156,6 +137,18 @@ def sample(
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
     best = jnp.argmax(logits, axis=-1)
     return jnp.where(temperature > 0, drawn, best).astype(jnp.int32)
+
+
+@jax.jit
+def first_token(
+    logits: Float[Array, "t v"],
+    count: Int[Array, " 1"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+) -> Int[Array, " 1"]:
+    """The byte after the last of the `count` that a prefill chunk appended."""
+    last = jax.lax.dynamic_slice_in_dim(logits, count[0] - 1, 1)
+    return sample(last, key, temperature)
 
 
 @partial(jax.jit, static_argnames=("steps", "config", "plan"), donate_argnames=("state",))
@@ -175,8 +168,16 @@ def decode_loop(
     """
 
     def step(state: DecodeState, _) -> tuple[DecodeState, Int[Array, " b"]]:
-        caches, logits = decode_step(
-            params, state.caches, page_table, state.seq_lens, state.token, config=config, plan=plan
+        caches, logits = extend(
+            params,
+            state.caches,
+            page_table,
+            state.seq_lens,
+            jnp.ones_like(state.seq_lens),
+            state.token,
+            config=config,
+            plan=plan,
+            phase="decode",
         )
         key, draw = jax.random.split(state.key)
         token = sample(logits, draw, temperature)

@@ -24,6 +24,7 @@ from jmla.model import Projections, project, rms_norm
 
 Stage = Literal["dense", "warmup", "sparse"]
 DenseAttention = Literal["cudnn", "xla"]
+LatentPart = Literal["row", "nope", "rope"]
 
 
 def losses(
@@ -34,6 +35,7 @@ def losses(
     stage: Stage,
     attention: DenseAttention,
     fp4_sequences: int = 0,
+    fp4_part: LatentPart = "row",
     query_chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross entropy of the next byte and mean indexer divergence, summed over layers; nats.
@@ -45,6 +47,7 @@ def losses(
         stage: which part of the recipe; "dense" has no indexer divergence (0).
         attention: implementation of dense attention.
         fp4_sequences: how many of the batch attend to latents that went through an FP4 cache.
+        fp4_part: which part of those latents is rounded.
         query_chunk: queries handled at once where probabilities are needed; divides context.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -58,7 +61,7 @@ def losses(
         projected = project(layer["attention"], config.mla, normed, positions)
         if fp4_sequences:
             stored, kept = jnp.split(projected.latents, [fp4_sequences * length])
-            stored = _through_fp4(stored, config.mla.qk_rope_head_dim)
+            stored = _through_fp4(stored, config.mla.kv_lora_rank, fp4_part)
             projected = replace(projected, latents=jnp.concatenate([stored, kept]))
         q, k, v = _expand(layer["attention"], config, projected, (batch, length))
         if stage == "dense":
@@ -88,10 +91,15 @@ def losses(
     return -jnp.mean(chosen), divergence
 
 
-def _through_fp4(latents: Float[Array, "t dl"], rope_dim: int) -> Float[Array, "t dl"]:
+def _through_fp4(
+    latents: Float[Array, "t dl"], rank: int, part: LatentPart
+) -> Float[Array, "t dl"]:
     """What an FP4 cache gives back; the gradient passes as if it were exact."""
-    rows = quantize(jax.lax.stop_gradient(latents), KVLayout.FP4, rope_dim=rope_dim)
+    rows = quantize(jax.lax.stop_gradient(latents), KVLayout.FP4, rank=rank)
     rounded = dequantize(rows).astype(latents.dtype)
+    if part != "row":
+        is_nope = jnp.arange(latents.shape[1]) < rank
+        rounded = jnp.where(is_nope[None] == (part == "nope"), rounded, latents)
     return latents + jax.lax.stop_gradient(rounded - latents)
 
 

@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jmla import _xla_attention as xla
 from jmla.layouts import BF16Rows
+from tests.helpers import assert_close
 
 
 @pytest.mark.parametrize("topk", [1, 100, 2048, 5000])
@@ -20,7 +20,7 @@ def test_a_step_gathers_no_more_than_the_bound(topk):
 
 
 @pytest.mark.parametrize("rows_per_step", [xla.DECODE_ROWS_PER_STEP, xla.widest_step(40)])
-def test_the_width_of_a_step_changes_no_result(rows_per_step):
+def test_the_width_of_a_step_changes_rounding_only(rows_per_step):
     q_key, row_key, index_key = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(q_key, (21, 1, 3, 192)).astype(jnp.bfloat16)
     rows = BF16Rows(
@@ -37,6 +37,6 @@ def test_the_width_of_a_step_changes_no_result(rows_per_step):
             xla._attend_loop, page_sizes=(1,), num_splits=1, rows_per_step=width
         )
         results.append(jax.jit(loop)(q, [lists], jnp.float32(0.1), None))
-    for one, many in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, many)
+    for one, many, tol in zip(*results, (8e-3, 1e-5, 1e-5), strict=True):
         assert one.shape[0] == 21
+        assert_close(many, one, abs_tol=tol, rel_tol=tol)

@@ -155,6 +155,12 @@ def test_mixed_backends_and_head_groups_generate(params):
     assert generate(params, tokens=6, plan=grouped, temperature=0.0)[0] == whole
 
 
+def test_the_end_of_a_document_ends_the_text(params):
+    silent = params | {"unembed": jnp.zeros_like(params["unembed"])}  # byte 0 wins every tie
+    generated, timing, printed = generate(silent, tokens=50, temperature=0.0)
+    assert generated == b"\0" and timing.steps == 0 and printed == "\n"
+
+
 def test_sampling():
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0]])
     np.testing.assert_array_equal(sample(logits, jax.random.key(0), jnp.float32(0.0)), [1, 0])
