@@ -1,5 +1,6 @@
 """The README against what it describes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,20 @@ def test_support_table_is_the_generated_one():
     generated = (ROOT / "docs" / "attention_backends.md").read_text()
     table = re.search(r"\| layout \| prefill \| decode \|\n(?:\|.*\n)+", generated)
     assert table and table.group(0) in README
+
+
+def test_accuracy_figures_are_the_measured_ones():
+    rows = json.loads((ROOT / "docs" / "accuracy" / "accuracy.json").read_text())["rows"]
+    bf16 = next(row["decode_bits"] for row in rows if row["name"] == "BF16")
+    measured = {
+        (str(row["bytes_per_token"]), f"{row['decode_bits']:.4f}"): row["decode_bits"] / bf16 - 1
+        for row in rows
+    }
+    pattern = r"\| (\d+) \| (\d\.\d{4}) \| ([+-]\d+\.\d\d %)? ?\|"
+    quoted = {(size, bits): change for size, bits, change in re.findall(pattern, README)}
+    assert quoted.keys() == measured.keys()
+    for case, change in quoted.items():
+        assert change == (f"{measured[case] * 100:+.2f} %" if measured[case] else "")
 
 
 def test_links_and_folders_exist():

@@ -31,7 +31,7 @@ class Attended:
         out: `[tokens, hidden_size]`, what the layer adds to the residual stream.
         cache: the cache with the tokens' latents and index keys appended.
         positions: int32 `[tokens, index_topk]`, what each token attended to, so that a following
-            layer can share the choice; None where both phases of the plan are dense.
+            layer can share the choice; None where the phase attends densely.
     """
 
     out: Float[Array, "t hidden"]
@@ -118,7 +118,8 @@ def choose_positions(
         batch: where each token belongs; for "decode" the same number of tokens for each request.
         k: how many.
         phase: "decode" scores pages where they lie; "prefill" lays the keys of all requests back
-            to back once for all tokens.
+            to back once for all tokens, and its f32 logits have a column for each slot of the page
+            table: cut long prompts into chunks accordingly.
 
     Returns:
         int32 `[tokens, k]`, -1 for none.
