@@ -225,7 +225,9 @@ def _report(rows: list[Row], windows: int, scored: int, folder: Path, console: C
         for row in rows
     ]
     header = ("cache or selection", "prefill", "decode", "bytes", "prefilled", "decoded", "to BF16")
-    table = Table(*header, title=title)
+    table = Table(title=title)
+    for name in header:
+        table.add_column(name, overflow="fold")
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -242,7 +244,9 @@ def _report(rows: list[Row], windows: int, scored: int, folder: Path, console: C
         f"{title[0].upper()}{title[1:]}.",
         "",
         "*Bytes* are one layer's cache bytes per token, index keys included; *prefilled* scores "
-        "the text through the prefill backend, *decoded* byte by byte through the decode backend.",
+        "the text through the prefill backend, *decoded* byte by byte through the decode backend. "
+        "Dense attention is the ceiling; pairs of which one half is dense are left out, and so is "
+        "`flashmla_auto`, another name for a pair that is here.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
