@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmla._xla_attention import MAX_GATHERED_ROWS
+from jmla._xla_attention import DECODE_ROWS_PER_STEP, MAX_GATHERED_ROWS
 from jmla.attention import sparse_decode, sparse_prefill
 from jmla.layouts import BF16Rows
 
@@ -51,4 +51,6 @@ def test_decode_to_a_million_keys():
         rows(1 << 20),
         shaped(8, 1, 1 << 20, dtype=jnp.int32),
     )
-    assert used < 48 * MIB
+    # Off the CPU the eight lists of slots are padded to a step of sixteen rows.
+    lists = 0 if jax.default_backend() == "cpu" else DECODE_ROWS_PER_STEP * (1 << 20) * 4
+    assert used < 48 * MIB + lists
