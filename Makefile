@@ -13,9 +13,12 @@ PYTHON := $(READY_PYTHON)
 ENVIRONMENT :=
 endif
 
+# A comma that the functions of make do not see.
+COMMA := ,
+
 # The packages of the machine's own driver, if it has one.
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
-CUDA := $(if $(DRIVER),$(if $(shell [ $(DRIVER) -ge 580 ] && echo new),$(shell echo ,cuda13),$(shell echo ,cuda12)),)
+CUDA := $(if $(DRIVER),$(COMMA)$(if $(shell [ $(DRIVER) -ge 580 ] && echo new),cuda13,cuda12),)
 # Processes that run tests; on a GPU they share its memory.
 WORKERS := $(if $(DRIVER),8,auto)
 
@@ -42,7 +45,7 @@ endef
 	$(call make_venv,".[dev$(CUDA)]")
 
 .venv-oldest/.ready: pyproject.toml
-	$(call make_venv,".[test,aot]" $(foreach name,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt,$(name)==$(OLDEST_JAX)))
+	$(call make_venv,".[test$(COMMA)aot]" $(foreach name,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt,$(name)==$(OLDEST_JAX)))
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) -m examples.decode_loop $(ARGS)
