@@ -213,8 +213,8 @@ def test_prefill_memory_is_bounded() -> None:
     compiled = jax.jit(indexer_logits).lower(q, weights, keys, window, window).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    # All products at once are 4 GiB; the result is 64 MiB.
-    assert analysis.temp_size_in_bytes < (96 if jax.default_backend() == "cpu" else 512) << 20
+    # All products at once are 4 GiB; the result is 64 MiB. A GPU's steps are wider.
+    assert analysis.temp_size_in_bytes < (96 if jax.default_backend() == "cpu" else 640) << 20
 
 
 def test_paged_memory_is_bounded() -> None:
