@@ -1,0 +1,1 @@
+"""What the kernels share: per-thread values, barriers, tensor-core products, row formats."""

@@ -1,0 +1,405 @@
+"""Per-thread code inside `plgpu.inline_mgpu`: values with operators, loops, branches, PTX.
+
+Mosaic's arrays are spread over a warpgroup in layouts of its own. Code that decides itself which
+thread loads which bytes is written with these scalars instead: every operation is one operation of
+every thread. Functions here must be called while Mosaic is emitting a kernel.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+WARP = 32
+WARPGROUP = 128
+
+
+def i32_type() -> ir.Type:
+    """A 32-bit word."""
+    return ir.IntegerType.get_signless(32)
+
+
+def i64_type() -> ir.Type:
+    """A 64-bit word, which global addresses and descriptors take."""
+    return ir.IntegerType.get_signless(64)
+
+
+def f32_type() -> ir.Type:
+    """A 32-bit float."""
+    return ir.F32Type.get()
+
+
+def bool_type() -> ir.Type:
+    """A predicate."""
+    return ir.IntegerType.get_signless(1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A scalar of one thread: i1, i32, i64 or f32. Integers are signed where it matters."""
+
+    ir: ir.Value
+
+    @property
+    def type(self) -> ir.Type:
+        """The MLIR type."""
+        return self.ir.type
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is an f32."""
+        return isinstance(self.ir.type, ir.F32Type)
+
+    def _lift(self, other: "Value | int | float") -> ir.Value:
+        if isinstance(other, Value):
+            return other.ir
+        return arith.constant(self.ir.type, float(other) if self.is_float else int(other))
+
+    def _binary(self, other: "Value | int | float", integer: Any, floating: Any = None) -> "Value":
+        op = floating if self.is_float else integer
+        return Value(op(self.ir, self._lift(other)))
+
+    def __add__(self, other: "Value | int | float") -> "Value":
+        return self._binary(other, arith.addi, arith.addf)
+
+    def __sub__(self, other: "Value | int | float") -> "Value":
+        return self._binary(other, arith.subi, arith.subf)
+
+    def __mul__(self, other: "Value | int | float") -> "Value":
+        return self._binary(other, arith.muli, arith.mulf)
+
+    def __and__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.andi)
+
+    def __or__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.ori)
+
+    def __xor__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.xori)
+
+    def __lshift__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.shli)
+
+    def __rshift__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.shrui)
+
+    def __floordiv__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.divui)
+
+    def __mod__(self, other: "Value | int") -> "Value":
+        return self._binary(other, arith.remui)
+
+    def _compare(self, other: "Value | int | float", integer: Any, floating: Any) -> "Value":
+        if self.is_float:
+            return Value(arith.cmpf(floating, self.ir, self._lift(other)))
+        return Value(arith.cmpi(integer, self.ir, self._lift(other)))
+
+    def __lt__(self, other: "Value | int | float") -> "Value":
+        return self._compare(other, arith.CmpIPredicate.slt, arith.CmpFPredicate.OLT)
+
+    def __ge__(self, other: "Value | int | float") -> "Value":
+        return self._compare(other, arith.CmpIPredicate.sge, arith.CmpFPredicate.OGE)
+
+    def __gt__(self, other: "Value | int | float") -> "Value":
+        return self._compare(other, arith.CmpIPredicate.sgt, arith.CmpFPredicate.OGT)
+
+    def equals(self, other: "Value | int | float") -> "Value":
+        """Whether the two are equal; `==` stays identity."""
+        return self._compare(other, arith.CmpIPredicate.eq, arith.CmpFPredicate.OEQ)
+
+    def below(self, other: "Value | int") -> "Value":
+        """Unsigned comparison: also false for every negative number."""
+        return Value(arith.cmpi(arith.CmpIPredicate.ult, self.ir, self._lift(other)))
+
+    def wide(self) -> "Value":
+        """This i32, not negative, as an i64."""
+        return Value(arith.extui(i64_type(), self.ir))
+
+    def as_f32(self) -> "Value":
+        """The same 32 bits as a float."""
+        return Value(arith.bitcast(f32_type(), self.ir))
+
+    def as_i32(self) -> "Value":
+        """The same 32 bits as an integer."""
+        return Value(arith.bitcast(i32_type(), self.ir))
+
+
+def i32(value: int) -> Value:
+    """A constant."""
+    return Value(arith.constant(i32_type(), value))
+
+
+def i64(value: int) -> Value:
+    """A constant."""
+    return Value(arith.constant(i64_type(), value))
+
+
+def f32(value: float) -> Value:
+    """A constant."""
+    return Value(arith.constant(f32_type(), value))
+
+
+def select(condition: Value, a: Value, b: Value) -> Value:
+    """`a` where the condition holds, else `b`."""
+    return Value(arith.select(condition.ir, a.ir, b.ir))
+
+
+def minimum(a: Value, b: Value | int) -> Value:
+    """The smaller of two signed integers."""
+    return Value(arith.minsi(a.ir, a._lift(b)))
+
+
+def floor_divide(a: Value, b: int) -> Value:
+    """a / b of a signed integer, rounded down; `b` is a power of two."""
+    return Value(arith.shrsi(a.ir, a._lift(b.bit_length() - 1)))
+
+
+def int_to_float(a: Value) -> Value:
+    """The nearest float."""
+    return Value(arith.sitofp(f32_type(), a.ir))
+
+
+def bool_to_int(a: Value) -> Value:
+    """1 where the condition holds, else 0."""
+    return Value(arith.extui(i32_type(), a.ir))
+
+
+def ptx(
+    text: str,
+    *operands: Value,
+    out: Sequence[str] | None = None,
+    pure: bool = False,
+    convergent: bool = False,
+) -> list[Value]:
+    """PTX with `$0`.. for the outputs, then the operands.
+
+    Args:
+        text: the instructions.
+        operands: inputs.
+        out: a type letter per output: "r" i32, "l" i64, "f" f32.
+        pure: the compiler may move, merge or drop it.
+        convergent: other threads take part, as in a shuffle or a barrier.
+    """
+    types = {"r": i32_type(), "l": i64_type(), "f": f32_type()}
+    arguments = [operand.ir for operand in operands]
+    if not out:
+        mgpu_utils.inline_ptx(text, *arguments, has_side_effects=True, convergent=convergent)
+        return []
+    results = mgpu_utils.inline_ptx(
+        text,
+        *arguments,
+        result_types=[types[letter] for letter in out],
+        has_side_effects=not pure,
+        convergent=convergent,
+    )
+    return [Value(result) for result in results]
+
+
+def fence_registers(values: Sequence[Value], text: str = "") -> list[Value]:
+    """Runs `text` at a point that no computation of `values`, or from them, may cross."""
+    letters = ["f" if value.is_float else "r" for value in values]
+    constraints = ",".join(
+        [f"={letter}" for letter in letters] + [str(i) for i in range(len(values))]
+    )
+    types = [value.type for value in values]
+    if not values:
+        ptx(text)
+        return []
+    packed = llvm.inline_asm(
+        types[0] if len(types) == 1 else llvm.StructType.get_literal(types),
+        [value.ir for value in values],
+        text,
+        constraints,
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    if len(types) == 1:
+        return [Value(packed)]
+    return [Value(llvm.extractvalue(t, packed, [i])) for i, t in enumerate(types)]
+
+
+def loop(
+    lower: Value | int, upper: Value, carry: Sequence[Value], body: Callable[..., Sequence[Value]]
+) -> list[Value]:
+    """`for i in range(lower, upper): carry = body(i, *carry)`."""
+    start = lower if isinstance(lower, Value) else i32(lower)
+    op = scf.ForOp(start.ir, upper.ir, i32(1).ir, [value.ir for value in carry])
+    with ir.InsertionPoint(op.body):
+        results = body(Value(op.induction_variable), *(Value(arg) for arg in op.inner_iter_args))
+        scf.yield_([value.ir for value in results or ()])
+    return [Value(result) for result in op.results]
+
+
+def when(condition: Value, body: Callable[[], None]) -> None:
+    """Runs `body` in the threads in which the condition holds."""
+    op = scf.IfOp(condition.ir)
+    with ir.InsertionPoint(op.then_block):
+        body()
+        scf.yield_([])
+
+
+def branch(
+    condition: Value,
+    otherwise: Sequence[Value],
+    body: Callable[[], Sequence[Value]],
+) -> list[Value]:
+    """`body()` where the condition holds, else the values `otherwise`."""
+    op = scf.IfOp(condition.ir, [value.type for value in otherwise], has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.yield_([value.ir for value in body()])
+    with ir.InsertionPoint(op.else_block):
+        scf.yield_([value.ir for value in otherwise])
+    return [Value(result) for result in op.results]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread:
+    """Where a thread is in its warpgroup of four warps.
+
+    Attributes:
+        index: 0 to 127.
+        warp: 0 to 3.
+        lane: 0 to 31.
+        quad: lane // 4, the row of an 8 x 8 matrix in a tensor-core fragment.
+        column: lane % 4, the pair of columns there.
+    """
+
+    index: Value
+    warp: Value
+    lane: Value
+    quad: Value
+    column: Value
+
+    @classmethod
+    def current(cls) -> Self:
+        """The thread that runs this code."""
+        index = block_thread() & (WARPGROUP - 1)
+        # Broadcast from lane 0, so that the compiler knows it to be the same in the whole warp.
+        (warp,) = ptx("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", index >> 5, out="r", convergent=True)
+        lane = index & (WARP - 1)
+        return cls(index, warp, lane, lane >> 2, lane & 3)
+
+
+def block_thread() -> Value:
+    """The number of this thread among all of its block."""
+    return Value(mgpu_utils.thread_idx())
+
+
+def scalar(argument: Any) -> Value:
+    """A scalar argument of `inline_mgpu`, given with `Layout.WG_SPLAT`."""
+    return Value(argument.registers.item())
+
+
+def shared_address(ref: Any) -> Value:
+    """The 32-bit address of a reference to shared memory."""
+    return Value(llvm.ptrtoint(i32_type(), mgpu_utils.memref_ptr(ref)))
+
+
+def global_address(ref: Any) -> Value:
+    """The 64-bit address of a reference to global memory."""
+    return Value(llvm.ptrtoint(i64_type(), mgpu_utils.memref_ptr(ref)))
+
+
+def load_shared(address: Value, out: str, offset: int = 0) -> list[Value]:
+    """1, 2 or 4 words of shared memory; `out` is "r" or "f" for each."""
+    return ptx(f"ld.shared{_vector(out)} {_words(out)}, [${len(out)}+{offset}];", address, out=out)
+
+
+def store_shared(address: Value, values: Sequence[Value], offset: int = 0) -> None:
+    """Stores 1, 2 or 4 words of 32 bits."""
+    kind = "f" if values[0].is_float else "r"
+    ptx(
+        f"st.shared{_vector(kind * len(values))} [$0+{offset}], {_words(kind * len(values), 1)};",
+        address,
+        *values,
+    )
+
+
+def load_global(address: Value, out: str, offset: int = 0, cache: str = ".nc") -> list[Value]:
+    """1, 2 or 4 words of global memory that no thread writes meanwhile."""
+    return ptx(
+        f"ld.global{cache}{_vector(out)} {_words(out)}, [${len(out)}+{offset}];", address, out=out
+    )
+
+
+def store_global(address: Value, values: Sequence[Value], offset: int = 0) -> None:
+    """Stores 1, 2 or 4 words of 32 bits."""
+    kind = "f" if values[0].is_float else "r"
+    ptx(
+        f"st.global{_vector(kind * len(values))} [$0+{offset}], {_words(kind * len(values), 1)};",
+        address,
+        *values,
+    )
+
+
+def load_f16_twice(address: Value, offset: int) -> Value:
+    """An f16 in shared memory, in both halves of a word."""
+    text = f"{{ .reg .b16 half; ld.shared.b16 half, [$1+{offset}]; mov.b32 $0, {{half, half}}; }}"
+    return ptx(text, address, out="r")[0]
+
+
+def store_f16(address: Value, value: Value, offset: int) -> Value:
+    """Stores a float as f16 in shared memory; the float that it has become."""
+    text = (
+        f"{{ .reg .b16 half; cvt.rn.f16.f32 half, $2; st.shared.b16 [$1+{offset}], half; "
+        "cvt.f32.f16 $0, half; }"
+    )
+    return ptx(text, address, value, out="f")[0]
+
+
+def _vector(kinds: str) -> str:
+    size = f".v{len(kinds)}" if len(kinds) > 1 else ""
+    return f"{size}.{'f32' if kinds[0] == 'f' else 'b32'}"
+
+
+def _words(kinds: str, first: int = 0) -> str:
+    names = ",".join(f"${first + i}" for i in range(len(kinds)))
+    return f"{{{names}}}" if len(kinds) > 1 else names
+
+
+def shuffle(value: Value, lane: Value | int) -> Value:
+    """The value of another lane of the warp."""
+    source = lane if isinstance(lane, Value) else i32(lane)
+    kind = "f" if value.is_float else "r"
+    return ptx("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", value, source, out=kind, convergent=True)[0]
+
+
+def shuffle_xor(value: Value, mask: int) -> Value:
+    """The value of the lane whose number differs in the bits of `mask`."""
+    kind = "f" if value.is_float else "r"
+    return ptx(f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;", value, out=kind, convergent=True)[0]
+
+
+def opaque(value: Value) -> Value:
+    """The same value, of which the compiler knows nothing: what depends on it stays in its loop."""
+    kind = "l" if value.type == i64_type() else "r"
+    width = 64 if kind == "l" else 32
+    return ptx(f"mov.b{width} $0, $1;", value, out=kind)[0]
+
+
+def fma(a: Value, b: Value, c: Value) -> Value:
+    """a * b + c, rounded once."""
+    return ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, out="f", pure=True)[0]
+
+
+def fmax(a: Value, b: Value) -> Value:
+    """The larger float; a NaN loses."""
+    return ptx("max.f32 $0, $1, $2;", a, b, out="f", pure=True)[0]
+
+
+def exp2(a: Value) -> Value:
+    """2^a to two units in the last place."""
+    return ptx("ex2.approx.ftz.f32 $0, $1;", a, out="f", pure=True)[0]
+
+
+def log2(a: Value) -> Value:
+    """log2(a), absolute error 2^-22."""
+    return ptx("lg2.approx.f32 $0, $1;", a, out="f", pure=True)[0]
+
+
+def divide(a: Value, b: Value) -> Value:
+    """a / b, correctly rounded."""
+    return ptx("div.rn.f32 $0, $1, $2;", a, b, out="f", pure=True)[0]

@@ -1,0 +1,73 @@
+"""Tensor-core products of Hopper with the left operand in registers.
+
+D[64, n] += A[64, 16] B[16, n], by a warpgroup. Of A and D, the thread of warp w, quad q and column
+c holds rows 16w + q and 16w + q + 8; of A, columns 2c, 2c + 1, 2c + 8 and 2c + 9; of D, columns
+8v + 2c and 8v + 2c + 1 for each v below n / 8. A fragment of A is four words of two 16-bit floats:
+the first pair of the upper and of the lower row, then the second pair of both. D is a list of n / 2
+floats in the order (v, row, column).
+"""
+
+from collections.abc import Sequence
+
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.device.simt import Value, f32_type, fence_registers, i64, ptx
+
+ROW_BYTES = 128
+ATOM_BYTES = 8 * ROW_BYTES
+
+
+def descriptor(address: Value) -> Value:
+    """B in shared memory in rows of 128 bytes with the 128-byte swizzle, eight rows an atom.
+
+    The same for both orders of B: rows are columns of B with 64 k each (`k_major`), or rows are k
+    with up to 64 columns each. `address` is a multiple of 1024.
+    """
+    start = ((address & 0x3FFFF) >> 4).wide()
+    return start | i64((1 << 62) | (ATOM_BYTES >> 4) << 32)
+
+
+def step(
+    acc: Sequence[Value], a: Sequence[Value], b: Value, *, dtype: str, b_is_k_major: bool
+) -> list[Value]:
+    """acc + a b, issued, not finished: 16 k of 64 rows and 2 len(acc) columns.
+
+    Args:
+        acc: D.
+        a: a fragment of A.
+        b: descriptor of B.
+        dtype: "f16" or "bf16".
+        b_is_k_major: which order B has in memory.
+    """
+    size = len(acc)
+    names = ",".join(f"${i}" for i in range(size))
+    a_names = ",".join(f"${2 * size + i}" for i in range(4))
+    text = (
+        f"wgmma.mma_async.sync.aligned.m64n{2 * size}k16.f32.{dtype}.{dtype} "
+        f"{{{names}}}, {{{a_names}}}, ${2 * size + 4}, 1, 1, 1, {int(not b_is_k_major)};"
+    )
+    constraints = ",".join(["=f"] * size + [str(i) for i in range(size)] + ["r"] * 4 + ["l"])
+    packed = llvm.inline_asm(
+        llvm.StructType.get_literal([f32_type()] * size),
+        [value.ir for value in (*acc, *a, b)],
+        text,
+        constraints,
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [Value(llvm.extractvalue(f32_type(), packed, [i])) for i in range(size)]
+
+
+def begin(values: Sequence[Value]) -> list[Value]:
+    """Before the first product that reads or adds to `values`."""
+    return fence_registers(values, "wgmma.fence.sync.aligned;")
+
+
+def commit() -> None:
+    """Closes a group of products."""
+    ptx("wgmma.commit_group.sync.aligned;", convergent=True)
+
+
+def wait(pending: int, values: Sequence[Value]) -> list[Value]:
+    """Waits until at most `pending` groups run; `values` may be read if they are finished."""
+    return fence_registers(values, f"wgmma.wait_group.sync.aligned {pending};")

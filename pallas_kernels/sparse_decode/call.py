@@ -1,0 +1,178 @@
+"""The launch, and joining the parts of a query's keys."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Float, Int
+
+from pallas_kernels.device.row_formats import FORMATS, RANK, RowFormat
+from pallas_kernels.sparse_decode.block import Block, shared_bytes
+from pallas_kernels.sparse_decode.gather import gather
+from pallas_kernels.sparse_decode.scores import scores
+from pallas_kernels.sparse_decode.tuning import Shape, Tuning, choose, tuning_for
+from pallas_kernels.sparse_decode.values import values
+
+GATHER_WARPGROUP = 3
+INITIAL_REGISTERS = 128  # 65536 for 512 threads
+
+
+class KeyList(NamedTuple):
+    """Keys of `n` queries.
+
+    Attributes:
+        format: one of `FORMATS`.
+        arrays: the cache, as the format names its arrays.
+        indices: int32 [n, topk], slots; any slot outside the cache is masked.
+        lengths: int32 [n], how many of a query's slots count, or None for all.
+        num_slots: rows of the cache.
+    """
+
+    format: str
+    arrays: Mapping[str, Array]
+    indices: Int[Array, "n topk"]
+    lengths: Int[Array, " n"] | None
+    num_slots: int
+
+
+def sparse_decode(
+    q: BFloat16[Array, "n h 576"],
+    lists: Sequence[KeyList],
+    *,
+    sm_scale: float | Float[Array, ""],
+    attn_sink: Float[Array, " h"] | None,
+    num_splits: int | None,
+) -> tuple[BFloat16[Array, "n h 512"], Float[Array, "n h"]]:
+    """Attention of `n` queries to the keys of all lists.
+
+    Args:
+        q: bf16 [n, h, 576]; n and h at least 1.
+        lists: one or more.
+        sm_scale: factor on the logits.
+        attn_sink: f32 [h], the logit of a key of value zero, or None.
+        num_splits: parts of each list; None chooses by the shapes.
+
+    Returns:
+        out, bf16 [n, h, 512], and lse, f32 [n, h], natural and without the sink.
+    """
+    n, heads, _ = q.shape
+    scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
+    plans = [choose(n, heads, each.indices.shape[1], num_splits) for each in lists]
+    final = len(lists) == 1 and plans[0][1] == 1
+    results = []
+    for each, (tile, splits) in zip(lists, plans, strict=True):
+        row_format = FORMATS[each.format]
+        shape = Shape(
+            n=n,
+            heads=heads,
+            topk=each.indices.shape[1],
+            num_slots=each.num_slots,
+            splits=splits,
+            final=final,
+            has_lengths=each.lengths is not None,
+            has_sink=final and attn_sink is not None,
+            has_scale="scale" in each.arrays,
+        )
+        operands = {"q": q, "indices": each.indices, "sm_scale": scale, **each.arrays}
+        if "scale" in operands:
+            operands["scale"] = operands["scale"].reshape(1)
+        if each.lengths is not None:
+            operands["lengths"] = each.lengths
+        if shape.has_sink and attn_sink is not None:
+            operands["sink"] = attn_sink
+        results.append(_launch(row_format, shape, tuning_for(row_format, tile), operands))
+    if final:
+        return results[0][0][0], results[0][1][0]
+    return _join(
+        [part for out, _ in results for part in out],
+        [part for _, lse in results for part in lse],
+        attn_sink,
+    )
+
+
+def _launch(
+    row_format: RowFormat, shape: Shape, tuning: Tuning, operands: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """out [splits, n, h, 512] and lse [splits, n, h]."""
+    sizes = shared_bytes(row_format, tuning)
+    names = [*operands, "out", "lse"]
+
+    def kernel(*refs: Any) -> None:
+        arrays = dict(zip(names, refs, strict=False))
+        shared = dict(zip(sizes, refs[len(names) :], strict=True))
+        number = lax.axis_index("block")
+
+        def run(code: Callable[[Block], None]) -> None:
+            @plgpu.inline_mgpu(
+                arg_types=(
+                    {name: plgpu.RefType() for name in shared},
+                    {name: plgpu.RefType() for name in arrays},
+                    plgpu.Layout.WG_SPLAT,
+                )
+            )
+            def emit(_: Any, shared: Any, arrays: Any, number: Any) -> None:
+                code(Block(row_format, shape, tuning, shared, arrays, number))
+
+            emit(shared, arrays, number)
+
+        def role(warpgroup: int, registers: int, code: Callable[[Block], None]) -> None:
+            @pl.when(lax.axis_index("warpgroup") == warpgroup)
+            def _() -> None:
+                if registers > INITIAL_REGISTERS:
+                    plgpu.set_max_registers(registers, action="increase")
+                else:
+                    plgpu.set_max_registers(registers, action="decrease")
+                run(code)
+
+        run(Block.initialise)
+        for_scores, for_values, for_gather = tuning.registers
+        role(0, for_scores, scores)
+        for half in range(2):
+            role(1 + half, for_values, functools.partial(values, half=half))
+        role(GATHER_WARPGROUP, for_gather, gather)
+
+    tiles = -(-shape.heads // tuning.heads)
+    results = (shape.splits, shape.n, shape.heads)
+    launch = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((*results, RANK), jnp.bfloat16 if shape.final else jnp.float32),
+            jax.ShapeDtypeStruct(results, jnp.float32),
+        ),
+        # One axis: the others end at 65535.
+        grid=(shape.n * tiles * shape.splits,),
+        grid_names=("block",),
+        num_threads=GATHER_WARPGROUP + 1,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((size // 4,), jnp.int32) for size in sizes.values()],
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    out, lse = launch(*operands.values())
+    return out, lse
+
+
+def _join(
+    outs: Sequence[Float[Array, "n h 512"]],
+    lses: Sequence[Float[Array, "n h"]],
+    attn_sink: Float[Array, " h"] | None,
+) -> tuple[BFloat16[Array, "n h 512"], Float[Array, "n h"]]:
+    """One softmax from those over its parts, in their order."""
+    top = functools.reduce(jnp.maximum, lses)
+    weights = [jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top)) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
+    empty = total == 0.0
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    factor = 1.0 / jnp.where(empty, 1.0, total)
+    if attn_sink is not None:
+        factor = factor / (1.0 + jnp.exp(attn_sink[None, :] - jnp.where(empty, 0.0, lse)))
+    out = functools.reduce(
+        jnp.add, [o * (w * factor)[..., None] for o, w in zip(outs, weights, strict=True)]
+    )
+    return out.astype(jnp.bfloat16), lse

@@ -1,0 +1,119 @@
+"""What one launch computes, and how: everything that is known before the kernel is compiled."""
+
+import dataclasses
+import math
+
+from pallas_kernels.device.row_formats import TILE, RowFormat
+
+HEAD_TILES = (16, 32, 64)
+SHARED_BYTES = 232448  # that one block may use
+SLOTS = 132  # blocks that run at once: one on each multiprocessor
+REGISTERS = 512  # of each of 128 threads: 65536 in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How a block works.
+
+    Attributes:
+        heads: of the query that one block serves: 16, 32 or 64.
+        stages: of the ring of rows in shared memory.
+        rows: of a stage: 32 or 64.
+        registers: per thread of the warpgroups scores, values (each of two), gather; multiples of
+            8. More in sum than exist would stop the kernel for ever.
+        eager: scores reads its operands further ahead, for more registers.
+    """
+
+    heads: int
+    stages: int
+    rows: int
+    registers: tuple[int, int, int]
+    eager: bool
+
+    def __post_init__(self) -> None:
+        scores, values, gather = self.registers
+        if scores + 2 * values + gather > REGISTERS or any(r % 8 for r in self.registers):
+            raise ValueError(f"{self.registers=}: expected multiples of 8, in sum {REGISTERS=}")
+        if self.heads not in HEAD_TILES or self.rows not in (TILE // 2, TILE):
+            raise ValueError(f"{self.heads=} {self.rows=}: expected one of {HEAD_TILES}, 32 or 64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One launch.
+
+    Attributes:
+        n: queries.
+        heads: of each.
+        topk: slots that each query names.
+        num_slots: rows of the cache.
+        splits: parts of the keys.
+        final: whether the result is bf16, and not f32 that is yet to be joined.
+        has_lengths: whether each query has a length of its own.
+        has_sink: whether each head has a sink; for final results only.
+        has_scale: whether the cache has one scale for all of its values.
+    """
+
+    n: int
+    heads: int
+    topk: int
+    num_slots: int
+    splits: int
+    final: bool
+    has_lengths: bool
+    has_sink: bool
+    has_scale: bool
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 keys."""
+        return math.ceil(self.topk / TILE)
+
+    @property
+    def blocks_per_split(self) -> int:
+        """Blocks of one part."""
+        return math.ceil(self.blocks / self.splits)
+
+
+def tuning_for(row_format: RowFormat, heads: int) -> Tuning:
+    """The tuning for blocks of `heads` heads, from measurements on an H200."""
+    if row_format.nope_bytes > 512:  # two stages of 64 rows are too coarse
+        if heads == 64:
+            return Tuning(64, 4, 32, (120, 176, 40), eager=False)
+        return Tuning(heads, 5, 32, (128, 152, 80), eager=True)
+    if heads == 64:
+        return Tuning(64, 3, 64, (120, 176, 40), eager=False)
+    return Tuning(heads, 4, 64, (128, 152, 80), eager=True)
+
+
+# Microseconds on an H200: a block of keys by heads of a tile, what a launch takes besides, what
+# joining the parts takes besides the bytes, and bytes per microsecond then.
+_KEY_BLOCK = {16: 1.4, 32: 1.75, 64: 2.7}
+_LAUNCH = 5.0
+_JOIN = 1.5
+_JOIN_RATE = 2.4e6
+
+
+def choose(n: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, int]:
+    """Heads per tile and number of parts for the shortest estimated time.
+
+    The parts change the rounding of a result, the tiles do not: with `num_splits` given, a query's
+    bits depend on nothing but its own arguments.
+    """
+    blocks = math.ceil(topk / TILE)
+    if num_splits is None:
+        parts = [s for s in range(1, blocks + 1) if math.ceil(blocks / math.ceil(blocks / s)) == s]
+    else:
+        parts = [min(num_splits, blocks)]
+    return min(
+        ((tile, splits) for splits in parts for tile in HEAD_TILES),
+        key=lambda choice: _estimate(n, heads, blocks, *choice),
+    )
+
+
+def _estimate(n: int, heads: int, blocks: int, tile: int, splits: int) -> float:
+    waves = math.ceil(n * math.ceil(heads / tile) * splits / SLOTS)
+    time = waves * (_LAUNCH + math.ceil(blocks / splits) * _KEY_BLOCK[tile])
+    if splits > 1:
+        time += _JOIN + 2 * 4 * 512 * n * heads * splits / _JOIN_RATE
+    return time
