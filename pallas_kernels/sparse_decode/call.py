@@ -1,4 +1,4 @@
-"""The launch, and joining the parts of a query's keys."""
+"""The launch."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 from pallas_kernels.device.row_formats import FORMATS, RANK, RowFormat
 from pallas_kernels.sparse_decode.block import Block, shared_bytes
 from pallas_kernels.sparse_decode.gather import gather
+from pallas_kernels.sparse_decode.join import join
 from pallas_kernels.sparse_decode.scores import scores
 from pallas_kernels.sparse_decode.tuning import Shape, Tuning, choose, tuning_for
 from pallas_kernels.sparse_decode.values import values
@@ -88,11 +89,7 @@ def sparse_decode(
         results.append(_launch(row_format, shape, tuning_for(row_format, tile), operands))
     if final:
         return results[0][0][0], results[0][1][0]
-    return _join(
-        [part for out, _ in results for part in out],
-        [part for _, lse in results for part in lse],
-        attn_sink,
-    )
+    return join(results, attn_sink)
 
 
 def _launch(
@@ -156,23 +153,3 @@ def _launch(
     )
     out, lse = launch(*operands.values())
     return out, lse
-
-
-def _join(
-    outs: Sequence[Float[Array, "n h 512"]],
-    lses: Sequence[Float[Array, "n h"]],
-    attn_sink: Float[Array, " h"] | None,
-) -> tuple[BFloat16[Array, "n h 512"], Float[Array, "n h"]]:
-    """One softmax from those over its parts, in their order."""
-    top = functools.reduce(jnp.maximum, lses)
-    weights = [jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top)) for lse in lses]
-    total = functools.reduce(jnp.add, weights)
-    empty = total == 0.0
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    factor = 1.0 / jnp.where(empty, 1.0, total)
-    if attn_sink is not None:
-        factor = factor / (1.0 + jnp.exp(attn_sink[None, :] - jnp.where(empty, 0.0, lse)))
-    out = functools.reduce(
-        jnp.add, [o * (w * factor)[..., None] for o, w in zip(outs, weights, strict=True)]
-    )
-    return out.astype(jnp.bfloat16), lse

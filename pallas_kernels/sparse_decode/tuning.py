@@ -8,6 +8,7 @@ from pallas_kernels.device.row_formats import TILE, RowFormat
 HEAD_TILES = (16, 32, 64)
 SHARED_BYTES = 232448  # that one block may use
 SLOTS = 132  # blocks that run at once: one on each multiprocessor
+MAX_SPLITS = 32
 REGISTERS = 512  # of each of 128 threads: 65536 in all
 
 
@@ -102,9 +103,10 @@ def choose(n: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, 
     """
     blocks = math.ceil(topk / TILE)
     if num_splits is None:
-        parts = [s for s in range(1, blocks + 1) if math.ceil(blocks / math.ceil(blocks / s)) == s]
+        candidates = range(1, min(blocks, MAX_SPLITS) + 1)
+        parts = [s for s in candidates if math.ceil(blocks / math.ceil(blocks / s)) == s]
     else:
-        parts = [min(num_splits, blocks)]
+        parts = [min(num_splits, blocks, MAX_SPLITS)]
     return min(
         ((tile, splits) for splits in parts for tile in HEAD_TILES),
         key=lambda choice: _estimate(n, heads, blocks, *choice),
