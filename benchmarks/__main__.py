@@ -1,0 +1,150 @@
+"""Time an op of this library beside its peer and this GPU's limits, in one run.
+
+python -m benchmarks sparse_decode
+python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import get_args
+
+import jax
+from rich.console import Console
+
+from benchmarks import peers, records, sparse_decode
+from benchmarks.floors import measure_ceilings
+from benchmarks.inputs import LAYOUTS
+from benchmarks.timing import TIMERS, MeasurementError
+from jmla.attention import Implementation
+from jmla.layouts import ScaleFormat
+
+COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+TABLE_WIDTH = 180
+SIZES = sparse_decode.Sizes()
+
+CASES = {case.name: case for case in sparse_decode.CASES}
+SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ops = parser.add_subparsers(dest="op", required=True)
+    op = ops.add_parser("sparse_decode", help=sparse_decode.__doc__)
+    op.add_argument("--cases", default=",".join(CASES), help="names (default: %(default)s)")
+    op.add_argument(
+        "--layouts",
+        default="656",
+        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
+    )
+    op.add_argument(
+        "--scale-formats",
+        default=",".join(SCALE_FORMATS),
+        help="of layout 656 (default: %(default)s)",
+    )
+    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    op.add_argument(
+        "--peer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time FlashMLA over layout 656; needs PyTorch and sgl-flash-mla",
+    )
+    op.add_argument(
+        "--timer",
+        choices=TIMERS,
+        default="cupti",
+        help="cupti: sum of the kernels of a call; trace: from its first start to its last end; "
+        "wall: the host's clock (default: %(default)s)",
+    )
+    op.add_argument("--out", type=Path, help="JSON lines to append to (default: one file per GPU)")
+    op.add_argument("--commit", help="of the code (default: what git says)")
+    return parser.parse_args(arguments)
+
+
+def chosen[T](names: str, of: dict[str, T], option: str) -> list[T]:
+    """The values of a comma-separated list of names.
+
+    Raises:
+        ValueError: a name is unknown, or none is given.
+    """
+    listed = [name for name in names.split(",") if name]
+    unknown = [name for name in listed if name not in of]
+    if unknown or not listed:
+        raise ValueError(f"{option}: got {names!r}, expected names of {', '.join(of)}")
+    return [of[name] for name in listed]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, append; 1 if a case has no result because measuring it failed."""
+    # PyTorch and CuPy need memory beside JAX, which takes 75 % of the GPU's when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+    options = parse_arguments(arguments)
+    # In a file a table does not fold to a terminal's width.
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    log = Console(stderr=True, soft_wrap=True)
+    broken: list[str] = []
+
+    def failed(name: str, error: Exception) -> None:
+        if isinstance(error, NotImplementedError):
+            text = f"not supported: {error}"
+        elif isinstance(error, MeasurementError):
+            text = f"failed: {error}"
+        else:
+            text = "failed: " + "".join(traceback.format_exception(error))
+        if not isinstance(error, NotImplementedError):
+            broken.append(name)
+        log.print(f"{name}: {text}", markup=False, highlight=False)
+
+    try:
+        cases = chosen(options.cases, CASES, "--cases")
+        layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
+        scale_formats = chosen(options.scale_formats, SCALE_FORMATS, "--scale-formats")
+        measured = sparse_decode.caches(layouts, scale_formats)
+        if options.peer and any(cache.has_peer for cache in measured):
+            peers.check()
+        timer = TIMERS[options.timer]()
+        if options.timer != "wall" and jax.default_backend() != "gpu":
+            raise ValueError(
+                f"--timer: {options.timer} needs a GPU, {jax.default_backend()=}; elsewhere only "
+                "wall works"
+            )
+        environment = records.environment(options.commit)
+        log.print(f"{environment.gpu}, {environment.versions}, {timer.method}", markup=False)
+        ceilings = measure_ceilings(timer, copy_bytes=COPY_BYTES, matmul_size=MATMUL_SIZE)
+        log.print(f"copy {ceilings.copy_gbps:.0f} GB/s, matmul {ceilings.matmul_tflops:.0f} TFLOPS")
+    except (ValueError, ModuleNotFoundError, MeasurementError) as error:
+        log.print(f"error: {error}", markup=False, highlight=False)
+        return 2
+
+    bench = sparse_decode.Bench(
+        timer,
+        ceilings,
+        environment,
+        options.implementation,
+        with_peer=options.peer,
+        sizes=SIZES,
+    )
+    path = options.out or records.results_path(environment.gpu)
+    done = []
+    for record in bench.run(cases, measured, failed=failed):
+        records.append(record, path)
+        done.append(record)
+        log.print(record.to_json(), markup=False, highlight=False)
+    if done:
+        console.print(records.table(done))
+        log.print(f"appended {len(done)} lines to {path}", markup=False)
+    if broken:
+        log.print(f"not measured: {', '.join(broken)}", markup=False)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
