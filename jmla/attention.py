@@ -5,7 +5,8 @@ What all of them share:
 - A query is a latent-space row of `rows.width` values (512 + 64 for the published models), an
   output has `rows.value_dim`. Logits are `sm_scale * q . k`; `sm_scale` has no default, because
   no function of the row's width is right for every model.
-- Keys are the cache rows dequantised to bf16. Products are summed in f32 and the softmax is f32.
+- Keys are the cache rows dequantised, to bf16 unless the implementation says otherwise. Products
+  are summed in f32 and the softmax is f32.
 - lse is f32 and the natural logarithm of the sum of exponentiated logits, without the sink.
 - An index outside `[0, rows.num_slots)` is masked, at any place in the list; an index that occurs
   twice counts twice. A cache row that no valid index names may hold NaN.
@@ -13,11 +14,21 @@ What all of them share:
 - `attn_sink` adds a key of that logit and of value zero to each head; it may be infinite.
 - Wrong arguments raise ValueError when the op is traced.
 
-`implementation`: `"xla"` runs everywhere, in bounded memory: at most 32768 gathered keys are alive
-at a time (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch
-around it nor on the number of heads. `"reference"` is `jmla.reference`.
-`"mosaic_gpu"` names the Hopper kernels; a call that none of them serves raises NotImplementedError.
-None takes the best implementation that serves the call.
+`implementation`:
+
+- `"xla"` runs everywhere, in bounded memory: at most 32768 gathered keys are alive at a time
+  (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch around
+  it nor on the number of heads.
+- `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0), of sparse decode alone: of one or
+  two caches in the layouts BF16, FP8_NOPE_FP8_ROPE and FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, with
+  latents of 512 + 64 values. It reads FP8 values as they are stored, without rounding them to bf16
+  on the way. With `num_splits` given, a row's bits depend neither on the batch nor on the number of
+  heads; None chooses by the shapes. It has no gradient. A call that it does not serve raises
+  NotImplementedError with every reason. Any machine can trace and lower it, to compile it ahead of
+  time; it compiles for Hopper only.
+- `"reference"` is `jmla.reference`.
+- None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
+  kernel serves the call, and `"xla"` otherwise.
 """
 
 import math
@@ -28,7 +39,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla import _attention_checks as checks
-from jmla import _xla_attention, reference
+from jmla import _mosaic_decode, _xla_attention, reference
+from jmla.backends import detect_platform
 from jmla.layouts.base import Rows
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -67,8 +79,10 @@ def sparse_decode(
             width; its page size and layout may differ.
         extra_indices: int32 [b, s_q, extra_topk], slots in `extra_rows`.
         extra_topk_length: as `topk_length`, for `extra_indices`.
-        num_splits: the number of parts, at least, into which a list of keys is cut; they are
-            joined by their LSE. It changes rounding only. None leaves it to the implementation.
+        num_splits: parts into which each list of keys is cut, and joined by their LSE; fewer if it
+            is too short, and more if the implementation needs them. It changes rounding only, and
+            a fixed number gives a row the same bits in every batch. None leaves it to the
+            implementation.
         implementation: see the module.
 
     Returns:
@@ -88,7 +102,21 @@ def sparse_decode(
     if extra_indices is not None:
         checks.check_indices("extra_indices", extra_indices, q.shape[:2], "extra_topk")
         checks.check_lengths("extra_topk_length", extra_topk_length, (q.shape[:1], q.shape[:2]))
-    if _choose("sparse_decode", implementation) == "reference":
+    chosen = _choose(implementation, _mosaic_decode.unsupported_reasons(q, rows, extra_rows))
+    if chosen == "mosaic_gpu":
+        return _mosaic_decode.sparse_decode(
+            q,
+            rows,
+            indices,
+            sm_scale=sm_scale,
+            topk_length=topk_length,
+            attn_sink=attn_sink,
+            extra_rows=extra_rows,
+            extra_indices=extra_indices,
+            extra_topk_length=extra_topk_length,
+            num_splits=num_splits,
+        )
+    if chosen == "reference":
         return reference.sparse_decode(
             q,
             rows,
@@ -151,7 +179,7 @@ def sparse_prefill(
     checks.check_lengths("topk_length", topk_length, (q.shape[:1],))
     checks.check_sink(attn_sink, q.shape[1])
     checks.check_scale(sm_scale)
-    if _choose("sparse_prefill", implementation) == "reference":
+    if _choose(implementation, _no_kernel("sparse_prefill")) == "reference":
         return reference.sparse_prefill(
             q, rows, indices, sm_scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink
         )
@@ -204,7 +232,7 @@ def dense_decode(
     checks.check_indices("page_table", page_table, q.shape[:1], "max_pages")
     checks.check_lengths("seq_lens", seq_lens, (q.shape[:1],))
     checks.check_scale(sm_scale)
-    if _choose("dense_decode", implementation) == "reference":
+    if _choose(implementation, _no_kernel("dense_decode")) == "reference":
         return reference.dense_decode(
             q, rows, page_table, seq_lens, sm_scale=sm_scale, causal=causal
         )
@@ -251,25 +279,31 @@ def merge(
     return reference.merge(outs, lses)
 
 
-def unsupported_reasons(op: str) -> list[str]:
-    """Why the mosaic_gpu implementation cannot serve a call of `op`; empty if it can."""
-    return [f"there is no mosaic_gpu kernel for {op}"]
-
-
-def _choose(op: str, implementation: Implementation | None) -> Implementation:
+def _choose(implementation: Implementation | None, reasons: list[str]) -> Implementation:
+    """The implementation to run; `reasons` is what keeps the kernel from serving the call."""
     match implementation:
         case None:
-            return "xla"
+            return "mosaic_gpu" if not reasons and _on_hopper() else "xla"
         case "xla" | "reference":
+            return implementation
+        case "mosaic_gpu" if not reasons:
             return implementation
         case "mosaic_gpu":
             raise NotImplementedError(
-                f"{implementation=} cannot serve this call: {'; '.join(unsupported_reasons(op))}. "
-                "Pass implementation=None for the best one that can"
+                f"{implementation=} cannot serve this call: {'; '.join(reasons)}. Pass "
+                "implementation=None for the best one that can"
             )
     raise ValueError(
         f"{implementation=}: expected 'mosaic_gpu', 'xla', 'reference', or None for the best one"
     )
+
+
+def _no_kernel(op: str) -> list[str]:
+    return [f"there is no mosaic_gpu kernel for {op}"]
+
+
+def _on_hopper() -> bool:
+    return detect_platform() == _mosaic_decode.PLATFORM
 
 
 def _slot_lists(

@@ -3,7 +3,8 @@
 This is data with a few look-ups, and the only place to edit when a backend learns something.
 `docs/attention_backends.md` is written from it. A *backend* is a contract, named as the serving
 engines name it, so that a config carries over; on every platform XLA fulfils all of them, and a
-device kernel only makes one faster.
+device kernel only makes one faster. So kernels are no part of a backend's row: they are listed by
+what they read.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Literal
 
 import jax
 
+from jmla import _mosaic_decode
 from jmla.layouts.base import BLOCK_SCALE_TILE, FP4_BLOCK, V4_TILE, KVLayout
 
 Phase = Literal["prefill", "decode"]
@@ -59,7 +61,6 @@ class Backend:
         decode: what its decode reads; empty if it has none.
         page_sizes: the page sizes it takes; empty for any.
         sinks: whether it adds attention sinks.
-        kernel_platforms: platforms with a device kernel; elsewhere XLA fulfils the contract.
         picks: the backends this name stands for; a name that picks has no rows of its own.
     """
 
@@ -68,8 +69,24 @@ class Backend:
     decode: tuple[Access, ...] = ()
     page_sizes: tuple[int, ...] = ()
     sinks: bool = False
-    kernel_platforms: tuple[str, ...] = ()
     picks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A device kernel: it serves whatever backend reads such a cache with such indices.
+
+    Attributes:
+        phase: the phase it computes.
+        indices: the indices it takes.
+        platforms: where it runs; elsewhere XLA fulfils the contract.
+        layouts: the layouts it reads.
+    """
+
+    phase: Phase
+    indices: IndexTransform
+    platforms: tuple[str, ...]
+    layouts: tuple[KVLayout, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +150,10 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("flashmla", prefill=_DENSE, decode=_DENSE, page_sizes=(64,)),
 )
 
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("decode", "PAGED", (_mosaic_decode.PLATFORM,), _mosaic_decode.LAYOUTS),
+)
+
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
     EngineBackend("aiter", ("flashmla_sparse", "fa3")),
     EngineBackend("ascend", ("flashmla_sparse", "flashmla")),
@@ -188,9 +209,17 @@ def backends_of(phase: Phase) -> tuple[str, ...]:
 
 def access(name: str, phase: Phase, layout: KVLayout) -> Access | None:
     """How that phase of that backend reads that layout, or None if it cannot."""
-    backend = find_backend(name)
-    rows = _accesses(backend, phase) if backend else ()
-    return next((row for row in rows if row.layout is layout), None)
+    return next((row for row in _rows_of(name, phase) if row.layout is layout), None)
+
+
+def kernels_of(name: str, phase: Phase) -> tuple[Kernel, ...]:
+    """The device kernels that serve that phase of that backend, over some layout it reads."""
+    reads = {(how.layout, how.indices) for how in _rows_of(name, phase)}
+    return tuple(
+        kernel
+        for kernel in KERNELS
+        if kernel.phase == phase and reads & {(x, kernel.indices) for x in kernel.layouts}
+    )
 
 
 def layouts_read(name: str, phase: Phase) -> tuple[KVLayout, ...]:
@@ -269,6 +298,11 @@ def describe_platform(platform: str) -> str:
     if is_blackwell(platform):
         return f"{platform} (Blackwell)"
     return "sm_90 (Hopper)" if platform == "sm_90" else platform
+
+
+def _rows_of(name: str, phase: Phase) -> tuple[Access, ...]:
+    backend = find_backend(name)
+    return _accesses(backend, phase) if backend else ()
 
 
 def _accesses(backend: Backend, phase: Phase) -> tuple[Access, ...]:

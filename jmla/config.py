@@ -90,7 +90,8 @@ class Config:
         attn_sink: whether each head has a learned attention sink.
         hisparse: sizes of a host-resident cache; None keeps the cache on the device.
         platform: "auto" (the machine's), "cpu", "rocm", "tpu" or an NVIDIA architecture: "sm_90".
-        implementation: "xla", "mosaic_gpu", "reference"; None is the best one that serves.
+        implementation: "xla", "mosaic_gpu", "reference", for both phases; None is the best one
+            that serves each.
         num_splits: parts the key axis of sparse decode is cut in; None lets the op choose. A fixed
             number makes a row's bits independent of its batch.
 

@@ -26,3 +26,12 @@ def gpu() -> jax.Device:
     if jax.default_backend() != "gpu":
         pytest.skip("needs a GPU; JAX's default backend here is " + jax.default_backend())
     return jax.devices("gpu")[0]
+
+
+@pytest.fixture
+def hopper(gpu: jax.Device) -> jax.Device:
+    """The first GPU; a test that asks for it is skipped unless that is a Hopper."""
+    capability = getattr(gpu, "compute_capability", None)
+    if capability != "9.0":
+        pytest.skip(f"needs a GPU of compute capability 9.0 (Hopper); this one has {capability}")
+    return gpu

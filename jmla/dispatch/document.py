@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 
+from jmla._mosaic_decode import RANK, ROPE_DIM
 from jmla.backends import (
     BACKENDS,
     DEFAULTS,
@@ -13,6 +14,7 @@ from jmla.backends import (
     access,
     backends_of,
     dtype_of,
+    kernels_of,
     layouts_read,
 )
 from jmla.dispatch.fp4 import ENGINE_RULES, fp4_backends
@@ -29,7 +31,7 @@ indices it takes. The names are the serving engines', so that a config carries o
 platform XLA fulfils every contract; a device kernel makes one faster. `str(jmla.resolve(config))`
 tells what a config leads to, and why."""
 
-_READS = """\
+_READS = f"""\
 What the cells say:
 
 - **direct**: the stored rows are read in place.
@@ -38,7 +40,10 @@ What the cells say:
 - **convert**: the pages that the batch touches are re-packed to block-scale rows, exactly; the
   cache stays as it is.
 - **PAGED**: selected positions become slots of the cache. **RAGGED**: they become rows of the
-  gathered buffer. **page table**: dense attention to every token, no selection."""
+  gathered buffer. **page table**: dense attention to every token, no selection.
+- **kernels**: where a device kernel runs, over which of the layouts, for latents of
+  {RANK} + {ROPE_DIM} values. It reads the stored rows in place, also where the cell says gather.
+  The rest runs on XLA."""
 
 _AUTO = """\
 `flashmla_auto` stands for `flashmla_sparse` or `flashmla_kv`, by layout, platform and sinks alone:
@@ -101,7 +106,7 @@ def _support_rows(phase: Phase) -> list[list[str]]:
             cells = [_access_cell(backend.name, phase, layout) for layout in KVLayout]
             pages = " or ".join(map(str, backend.page_sizes)) or "any"
             sinks = "yes" if backend.sinks else "no"
-            kernels = _code(backend.kernel_platforms) or "none yet"
+            kernels = _kernels_cell(backend.name, phase)
         rows.append([f"`{backend.name}`", *cells, pages, sinks, kernels])
     return rows
 
@@ -113,6 +118,15 @@ def _access_cell(name: str, phase: Phase, layout: KVLayout) -> str:
     reads = "gather" if how.reads == "gather_dequantize" else how.reads
     indices = "page table" if how.indices == "PAGE_TABLE" else how.indices
     return f"{reads}, {indices}"
+
+
+def _kernels_cell(name: str, phase: Phase) -> str:
+    cells = []
+    for kernel in kernels_of(name, phase):
+        layouts = [each for each in layouts_read(name, phase) if each in kernel.layouts]
+        served = "all" if len(layouts) == len(layouts_read(name, phase)) else ""
+        cells.append(f"{_code(kernel.platforms)}: {served or _code(x.name for x in layouts)}")
+    return "; ".join(cells) or "none yet"
 
 
 def _pair_rows() -> list[list[str]]:

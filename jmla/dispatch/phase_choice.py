@@ -6,6 +6,7 @@ That nothing here can see the other phase's setting is the point of this file.
 import dataclasses
 from typing import Self
 
+from jmla._mosaic_decode import layout_reasons
 from jmla.backends import (
     HISPARSE_BACKENDS,
     Access,
@@ -15,6 +16,7 @@ from jmla.backends import (
     default_names,
     describe_platform,
     find_backend,
+    kernels_of,
     pick_auto,
 )
 from jmla.config import Config
@@ -27,6 +29,8 @@ class SharedFacts:
 
     Attributes:
         layout: the layout of the cache.
+        rank: no-position values of a latent.
+        rope_dim: rotary values of a latent.
         platform: a concrete platform.
         page_size: tokens per page.
         sinks: whether the model has attention sinks.
@@ -35,6 +39,8 @@ class SharedFacts:
     """
 
     layout: KVLayout
+    rank: int
+    rope_dim: int
     platform: str
     page_size: int
     sinks: bool
@@ -46,6 +52,8 @@ class SharedFacts:
         """The shared facts of a config."""
         return cls(
             layout=layout,
+            rank=config.kv_lora_rank,
+            rope_dim=config.rope_dim,
             platform=platform,
             page_size=config.page_size,
             sinks=config.attn_sink,
@@ -79,9 +87,9 @@ def choose_phase(phase: Phase, named: str | None, facts: SharedFacts) -> PhaseCh
     else:
         backend, why = _default(phase, facts)
     how = access(backend, phase, facts.layout)
-    row = find_backend(backend)
-    assert how is not None and row is not None, (backend, phase, facts.layout)
-    return PhaseChoice(backend, how, (why, _how_it_reads(how), _what_runs(row, facts)))
+    assert how is not None, (backend, phase, facts.layout)
+    runs = _what_runs(backend, phase, how, facts)
+    return PhaseChoice(backend, how, (why, _how_it_reads(how), runs))
 
 
 def fits(backend: Backend, facts: SharedFacts) -> bool:
@@ -136,9 +144,14 @@ def _how_it_reads(how: Access) -> str:
     )
 
 
-def _what_runs(row: Backend, facts: SharedFacts) -> str:
+def _what_runs(backend: str, phase: Phase, how: Access, facts: SharedFacts) -> str:
     if facts.implementation is not None:
         return f"runs on implementation={facts.implementation!r}, as named"
-    if facts.platform in row.kernel_platforms:
-        return f"runs on the device kernel for {describe_platform(facts.platform)} where it serves"
-    return f"runs on XLA: no device kernel serves {row.name} on {describe_platform(facts.platform)}"
+    where = describe_platform(facts.platform)
+    if not any(facts.platform in kernel.platforms for kernel in kernels_of(backend, phase)):
+        return f"runs on XLA: no device kernel serves {backend} {phase} on {where}"
+    reasons = layout_reasons(facts.layout, facts.rank, facts.rope_dim)
+    if reasons:
+        return f"runs on XLA: {'; '.join(reasons)}"
+    copies = ", which makes no dequantised copies" * (how.reads == "gather_dequantize")
+    return f"runs on the device kernel for {where}{copies}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from jmla._mosaic_decode import layout_reasons
 from jmla.backends import (
     BACKENDS,
     ENGINE_BACKENDS,
@@ -11,6 +12,7 @@ from jmla.backends import (
     backends_of,
     dtype_of,
     find_backend,
+    kernels_of,
     serves,
 )
 from jmla.config import Config, quote
@@ -114,21 +116,39 @@ def hisparse_problems(config: Config, layout: KVLayout | None) -> list[str]:
 
 
 def kernel_problems(
-    config: Config, platform: str, backends: Mapping[Phase, str | None]
+    config: Config,
+    platform: str,
+    backends: Mapping[Phase, str | None],
+    layout: KVLayout | None,
 ) -> list[str]:
-    """Which phases have no device kernel, if the config names that implementation."""
+    """Which phases have no device kernel, if the config names that implementation.
+
+    Args:
+        config: the config.
+        platform: a concrete platform.
+        backends: the backend of each phase; None if it is not decided.
+        layout: the layout of the cache, or None if none could be chosen.
+    """
     if config.implementation != "mosaic_gpu":
         return []
     problems = []
+    expected = "expected implementation=None, 'xla' or 'reference'"
     for phase in PHASES:
         name = backends[phase]
         # Of a phase that is not decided it is only known when no backend would do.
-        rows = [row for row in BACKENDS if serves(row.name, phase) and name in (None, row.name)]
-        if not any(platform in row.kernel_platforms for row in rows):
-            where = tuple(sorted({platform for row in rows for platform in row.kernel_platforms}))
-            problems.append(
-                f"implementation='mosaic_gpu' has no kernel for {name or 'any'} {phase} on "
-                f"{platform!r} (platforms with one: {quote(where) or 'none yet'}): expected "
-                "implementation=None, 'xla' or 'reference'"
-            )
+        names = backends_of(phase) if name is None else (name,)
+        kernels = [kernel for each in names for kernel in kernels_of(each, phase)]
+        reasons = []
+        if not any(platform in kernel.platforms for kernel in kernels):
+            where = tuple(sorted({platform for kernel in kernels for platform in kernel.platforms}))
+            reasons = [
+                f"has no kernel for {name or 'any'} {phase} on {platform!r} (platforms with one: "
+                f"{quote(where) or 'none yet'})"
+            ]
+        elif layout is not None:
+            reasons = [
+                f"cannot serve {name or 'any'} {phase}: {reason}"
+                for reason in layout_reasons(layout, config.kv_lora_rank, config.rope_dim)
+            ]
+        problems += [f"implementation='mosaic_gpu' {reason}: {expected}" for reason in reasons]
     return problems

@@ -172,14 +172,14 @@ def _attempt(config: Config, platform: str) -> Plan | list[_Problem]:
     problems = [_Problem(text, FP4CompatibilityError) for text in fp4_texts]
     problems += [_Problem(text) for text in texts]
     if problems or cache.layout is None:
-        kernels = kernel_problems(config, platform, served)
+        kernels = kernel_problems(config, platform, served, cache.layout)
         return problems + [_Problem(text, NotImplementedError) for text in kernels]
 
     facts = SharedFacts.of(config, cache.layout, platform)
     prefill = choose_phase("prefill", served["prefill"], facts)
     decode = choose_phase("decode", served["decode"], facts)
     backends: dict[Phase, str | None] = {"prefill": prefill.backend, "decode": decode.backend}
-    kernels = kernel_problems(config, platform, backends)
+    kernels = kernel_problems(config, platform, backends, cache.layout)
     if kernels:
         return [_Problem(text, NotImplementedError) for text in kernels]
     return _plan(config, facts, cache, prefill, decode)

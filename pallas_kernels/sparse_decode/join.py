@@ -97,10 +97,10 @@ def _join_row(
     for first in range(0, len(outs), LOADS):
         # Together, so that they are under way together.
         loaded = [load_global(address, "ffff") for address in outs[first : first + LOADS]]
-        for weight, part in zip(weights[first : first + LOADS], loaded, strict=True):
+        for weight, four in zip(weights[first : first + LOADS], loaded, strict=True):
             scaled = weight * factor
             # A part without keys has weight 0, and zeros.
-            values = [fma(x, scaled, value) for x, value in zip(part, values, strict=True)]
+            values = [fma(x, scaled, value) for x, value in zip(four, values, strict=True)]
     words = [pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3])]
     store_global(out_address + (row.wide() * RANK + column) * 2, words)
     when(thread.equals(0), lambda: store_global(lse_address + row.wide() * 4, [lse]))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmla.attention import dense_decode, sparse_decode, sparse_prefill, unsupported_reasons
+from jmla.attention import dense_decode, sparse_decode, sparse_prefill
+from jmla.layouts import KVLayout, quantize
 from tests.attention.cases import SCALE, random_queries, random_rows
 
 ROWS = random_rows(0, 4, 8)
@@ -78,11 +79,20 @@ def test_wrong_arguments_are_found_while_tracing():
 
 
 @pytest.mark.parametrize(
-    ("op", "arguments"), [(sparse_decode, DECODE), (sparse_prefill, PREFILL), (dense_decode, DENSE)]
+    ("op", "arguments", "reasons"),
+    [
+        (sparse_decode, DECODE, ["512 + 64 values only, and these have 128 + 64"]),
+        (
+            sparse_decode,
+            {**DECODE, "rows": quantize(ROWS.latents, KVLayout.FP4, rank=128)},
+            ["does not read FP4", "these have 128 + 64"],
+        ),
+        (sparse_prefill, PREFILL, ["there is no mosaic_gpu kernel for sparse_prefill"]),
+        (dense_decode, DENSE, ["there is no mosaic_gpu kernel for dense_decode"]),
+    ],
 )
-def test_a_named_implementation_that_cannot_serve_says_every_reason(op, arguments):
-    reasons = unsupported_reasons(op.__name__)
-    assert reasons
+def test_a_named_implementation_that_cannot_serve_says_every_reason(op, arguments, reasons):
     with pytest.raises(NotImplementedError) as error:
         op(**arguments, implementation="mosaic_gpu")
+    assert "Pass implementation=None" in str(error.value)
     assert all(reason in str(error.value) for reason in reasons)

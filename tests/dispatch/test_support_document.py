@@ -4,8 +4,11 @@ from jmla.backends import (
     BACKENDS,
     DEFAULTS,
     ENGINE_BACKENDS,
+    KERNELS,
     PHASES,
     access,
+    backends_of,
+    kernels_of,
     serves,
     sizes_problem,
 )
@@ -49,6 +52,15 @@ def test_a_default_reads_its_layout_and_the_last_one_takes_any_page_and_sinks() 
             (last,) = (backend for backend in BACKENDS if backend.name == names[-1])
             assert last.sinks
             assert not last.page_sizes
+
+
+def test_kernels_serve_what_reads_their_indices_and_layouts() -> None:
+    served = {
+        (phase, name) for phase in PHASES for name in backends_of(phase) if kernels_of(name, phase)
+    }
+    names = ("flashmla_sparse", "flashmla_kv", "trtllm", "fa3")
+    assert served == {("decode", name) for name in names}
+    assert kernels_of("flashmla_sparse", "decode") == KERNELS
 
 
 def test_refusals_and_the_document_use_the_same_names() -> None:

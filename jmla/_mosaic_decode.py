@@ -1,0 +1,236 @@
+"""Sparse decode through the Hopper kernel of `pallas_kernels`: which calls it serves, and the call.
+
+`pallas_kernels` is imported by the call and not by this module: importing Pallas takes as long as
+importing the rest of jmla.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Int
+
+from jmla.layouts.base import KVLayout, Rows
+from jmla.layouts.bf16 import BF16Rows
+from jmla.layouts.block_scale import BlockScaleRows
+from jmla.layouts.fp8 import FP8Rows
+
+PLATFORM = "sm_90"
+RANK, ROPE_DIM = 512, 64
+LAYOUTS = (
+    KVLayout.BF16,
+    KVLayout.FP8_NOPE_FP8_ROPE,
+    KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE,
+)
+
+
+class _Queries(NamedTuple):
+    """What each of `n` query tokens has of its own.
+
+    Attributes:
+        q: bf16 [n, h, width].
+        indices: int32 [n, topk], for each cache.
+        lengths: int32 [n] or None, for each cache.
+    """
+
+    q: BFloat16[Array, "n h width"]
+    indices: tuple[Int[Array, "n topk"], ...]
+    lengths: tuple[Int[Array, " n"] | None, ...]
+
+
+class _Shared(NamedTuple):
+    """What all query tokens share: one or two caches, the factor on the logits, the sinks."""
+
+    caches: tuple[Rows, ...]
+    sm_scale: Float[Array, ""]
+    attn_sink: Float[Array, " h"] | None
+
+
+_Results = tuple[BFloat16[Array, "n h value"], Float[Array, "n h"]]
+
+
+def unsupported_reasons(
+    q: BFloat16[Array, "b s_q h width"], rows: Rows, extra_rows: Rows | None
+) -> list[str]:
+    """Why the kernel cannot serve a call of `jmla.sparse_decode`; empty if it can.
+
+    Args:
+        q: the queries, of the shape that `jmla.sparse_decode` accepts.
+        rows: the cache.
+        extra_rows: the second cache, or None.
+    """
+    reasons = []
+    if 0 in q.shape:
+        reasons.append(f"{q.shape=}: the mosaic_gpu kernel expects at least one query")
+    for name, cache in (("rows", rows), ("extra_rows", extra_rows)):
+        if cache is None:
+            continue
+        problems = layout_reasons(cache.layout, cache.rank, cache.rope_dim)
+        if cache.num_slots == 0:
+            problems.append(f"the mosaic_gpu kernel expects at least one slot: {cache.shape=}")
+        reasons += [f"{name}: {problem}" for problem in problems]
+    return reasons
+
+
+def layout_reasons(layout: KVLayout, rank: int, rope_dim: int) -> list[str]:
+    """Why the kernel cannot read a cache of this layout and these sizes; empty if it can."""
+    reasons = []
+    if layout not in LAYOUTS:
+        readable = ", ".join(each.name for each in LAYOUTS)
+        reasons.append(f"the mosaic_gpu kernel does not read {layout.name}; it reads {readable}")
+    if (rank, rope_dim) != (RANK, ROPE_DIM):
+        reasons.append(
+            f"the mosaic_gpu kernel reads latents of {RANK} + {ROPE_DIM} values only, and these "
+            f"have {rank} + {rope_dim}"
+        )
+    return reasons
+
+
+def sparse_decode(
+    q: BFloat16[Array, "b s_q h width"],
+    rows: Rows,
+    indices: Int[Array, "b s_q topk"],
+    *,
+    sm_scale: float | Float[Array, ""],
+    topk_length: Int[Array, " b"] | Int[Array, "b s_q"] | None,
+    attn_sink: Float[Array, " h"] | None,
+    extra_rows: Rows | None,
+    extra_indices: Int[Array, "b s_q extra_topk"] | None,
+    extra_topk_length: Int[Array, " b"] | Int[Array, "b s_q"] | None,
+    num_splits: int | None,
+) -> tuple[BFloat16[Array, "b s_q h value"], Float[Array, "b s_q h"]]:
+    """`jmla.sparse_decode` of arguments that `unsupported_reasons` has nothing against.
+
+    vmap over the arguments of the queries alone (q, indices, lengths) makes them one larger batch;
+    over any other argument it runs the kernel once for each element.
+
+    Raises:
+        NotImplementedError: it is differentiated.
+    """
+    batch = q.shape[:2]
+    caches = [(rows, indices, topk_length)]
+    if extra_rows is not None and extra_indices is not None:
+        caches.append((extra_rows, extra_indices, extra_topk_length))
+    n = math.prod(batch)
+    queries = _Queries(
+        q.reshape(n, *q.shape[2:]),
+        tuple(slots.reshape(n, slots.shape[2]) for _, slots, _ in caches),
+        tuple(_per_query(lengths, batch) for *_, lengths in caches),
+    )
+    shared = _Shared(
+        tuple(cache.flat() for cache, *_ in caches), jnp.asarray(sm_scale, jnp.float32), attn_sink
+    )
+    out, lse = _compiled(queries, shared, num_splits)
+    return out.reshape(*q.shape[:3], rows.value_dim), lse.reshape(q.shape[:3])
+
+
+def _per_query(
+    lengths: Int[Array, "..."] | None, batch: tuple[int, ...]
+) -> Int[Array, " n"] | None:
+    if lengths is None:
+        return None
+    missing = len(batch) - lengths.ndim
+    wide = jnp.broadcast_to(lengths.reshape(lengths.shape + (1,) * missing), batch)
+    return wide.reshape(math.prod(batch))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _attend(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Results:
+    return _batchable(num_splits)(queries, shared)
+
+
+@_attend.defjvp
+def _no_gradient(num_splits: int | None, primals: object, tangents: object) -> Any:
+    raise NotImplementedError(
+        "implementation='mosaic_gpu' of sparse_decode has no gradient: expected a call that is not "
+        "differentiated; pass implementation='xla' for one that is"
+    )
+
+
+# Compiled at the level of the module: a call outside jit would compile the kernel every time.
+_compiled = jax.jit(_attend, static_argnums=2)
+
+
+def _batchable(num_splits: int | None) -> Any:
+    """The kernel's call as a function of queries and what they share, with a rule for vmap."""
+
+    @jax.custom_batching.custom_vmap
+    def call(queries: _Queries, shared: _Shared) -> _Results:
+        return _launch(queries, shared, num_splits)
+
+    @call.def_vmap
+    def over_axis(
+        axis_size: int,
+        in_batched: tuple[Any, Any],
+        queries: _Queries,
+        shared: _Shared,
+    ) -> tuple[_Results, tuple[bool, bool]]:
+        is_batched = jax.tree.leaves(in_batched)
+        if axis_size == 0 or any(jax.tree.leaves(in_batched[1])):
+            leaves, tree = jax.tree.flatten((queries, shared))
+
+            def call_one(moving: list[Array]) -> _Results:
+                own = iter(moving)
+                pairs = zip(leaves, is_batched, strict=True)
+                mixed = [next(own) if moves else x for x, moves in pairs]
+                return call(*jax.tree.unflatten(tree, mixed))
+
+            moving = [x for x, moves in zip(leaves, is_batched, strict=True) if moves]
+            return jax.lax.map(call_one, moving), (True, True)
+
+        def merged(x: Array, moves: bool) -> Array:
+            x = x if moves else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        out, lse = call(jax.tree.map(merged, queries, in_batched[0]), shared)
+        split = (axis_size, out.shape[0] // axis_size)
+        results = out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
+        return results, (True, True)
+
+    return call
+
+
+def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Results:
+    from pallas_kernels import sparse_decode as kernels
+
+    lists = [
+        kernels.KeyList(
+            format=format_name(cache),
+            arrays=_arrays(cache),
+            indices=indices,
+            lengths=lengths,
+            num_slots=cache.num_slots,
+        )
+        for cache, indices, lengths in zip(
+            shared.caches, queries.indices, queries.lengths, strict=True
+        )
+    ]
+    return kernels.sparse_decode(
+        queries.q,
+        lists,
+        sm_scale=shared.sm_scale,
+        attn_sink=shared.attn_sink,
+        num_splits=num_splits,
+    )
+
+
+def format_name(rows: Rows) -> str:
+    """What `pallas_kernels` calls the format of rows that it reads."""
+    match rows:
+        case BF16Rows():
+            return "bf16"
+        case FP8Rows():
+            return "fp8"
+        case BlockScaleRows():
+            return f"block_scale_{rows.scale_format}"
+    raise AssertionError(f"{rows.layout=}: layout_reasons lets {LAYOUTS} through")
+
+
+def _arrays(rows: Rows) -> dict[str, Array]:
+    """The arrays of a cache under their names, which are the kernel's."""
+    arrays = {name: getattr(rows, name) for name in rows.token_leaves}
+    if isinstance(rows, FP8Rows) and rows.scale is not None:
+        arrays["scale"] = rows.scale
+    return arrays

@@ -1,0 +1,86 @@
+"""What ptxas makes of the Hopper kernels: no spills, products that overlap, no copied cache."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jmla.layouts import KVLayout
+from tests.aot.h200 import sharding
+
+MIB = 1 << 20
+
+# The dumps are switched on before JAX is imported, so in a process of their own.
+COMPILE = """
+import json, sys
+import jax
+import jax.numpy as jnp
+from jmla import KVLayout, sparse_decode
+from jmla.layouts import zero_rows
+from tests.aot.h200 import bytes_of, on_h200
+
+layout, options, shapes = json.loads(sys.argv[1])
+rows = jax.eval_shape(lambda: zero_rows(KVLayout[layout], (4096, 64), **options))
+temporary = []
+for b, heads in shapes:
+    q = jax.ShapeDtypeStruct((b, 1, heads, 576), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32)
+    decode = jax.jit(lambda *a: sparse_decode(*a, sm_scale=0.1, implementation="mosaic_gpu"))
+    program = decode.lower(*on_h200((q, rows, indices))).compile()
+    temporary.append(bytes_of(program)[0])
+print(json.dumps(temporary))
+"""
+FULL_BATCH = [(128, 16), (128, 32), (128, 64)]
+
+
+def compiled(
+    folder: Path, layout: KVLayout, options: dict[str, str], shapes: list[tuple[int, int]]
+) -> tuple[list[int], list[str]]:
+    """Temporary bytes of each program, and what ptxas said of each kernel."""
+    sharding()  # skips where there is nothing to compile with
+    dumps = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([layout.name, options, shapes])],
+        env=os.environ | dumps,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1]), [p.read_text() for p in folder.glob("*.ptxas")]
+
+
+def assert_good(said: list[str]) -> None:
+    for text in said:
+        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        assert spilled == [("0", "0")], text
+        assert "serialized" not in text, text
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "pow2"}),
+        (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"}),
+        (KVLayout.FP8_NOPE_FP8_ROPE, {}),
+        (KVLayout.BF16, {}),
+    ],
+)
+def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, str]):
+    temporary, said = compiled(tmp_path, layout, options, FULL_BATCH)
+    assert len(said) >= len(FULL_BATCH)
+    assert_good(said)
+    assert max(temporary) < MIB, "a cache of 4096 pages must not be copied"
+
+
+def test_a_request_alone_is_cut_into_parts_and_joined(tmp_path: Path):
+    layout, heads = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, 128
+    (temporary,), said = compiled(tmp_path, layout, {"scale_format": "pow2"}, [(1, heads)])
+    a_part = heads * 512 * 4
+    assert said and 2 * a_part <= temporary <= 34 * a_part
+    assert_good(said)

@@ -1,0 +1,122 @@
+"""Sparse decode in f64 over exactly dequantised rows: what kernels that round late are held to."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmla.layouts import BF16Rows, BlockScaleRows, FP8Rows, KVLayout, Rows, quantize
+from jmla.layouts.base import BLOCK_SCALE_TILE
+from tests.attention.cases import random_rows
+from tests.helpers import assert_close
+
+Format = tuple[KVLayout, dict[str, Any]]
+Cache = tuple[Rows, Any, Any]
+
+BF16: Format = (KVLayout.BF16, {})
+FP8: Format = (KVLayout.FP8_NOPE_FP8_ROPE, {})
+SCALED_FP8: Format = (KVLayout.FP8_NOPE_FP8_ROPE, {"scale": 0.0173})
+POW2: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "pow2"})
+FP32: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"})
+FORMATS = (POW2, FP32, SCALED_FP8, BF16)
+
+
+def rows_of(form: Format, seed: int, *shape: int, factors: np.ndarray | None = None) -> Rows:
+    """Random rows of 512 + 64 values in a format, each multiplied by its factor [slots, 576]."""
+    layout, options = form
+    latents = random_rows(seed, *shape, rank=512).latents
+    if factors is not None:
+        scaled = np.asarray(latents, np.float32) * factors.reshape(latents.shape)
+        latents = jnp.asarray(scaled.astype(jnp.bfloat16))
+    if "scale" in options:
+        options = {"scale": jnp.float32(options["scale"])}
+    return quantize(latents, layout, rank=512, rope_dim=64, **options)
+
+
+def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
+    """`rows` with NaN in every array at every slot that none of the arrays of slots names."""
+    keep = np.zeros(rows.num_slots, bool)
+    for slots in named:
+        flat = np.asarray(slots).ravel()
+        keep[flat[(flat >= 0) & (flat < rows.num_slots)]] = True
+    leaves: dict[str, Any] = {}
+    for name in rows.token_leaves:
+        leaf = np.array(getattr(rows.flat(), name))
+        leaf[~keep] = np.nan
+        leaves[name] = jnp.asarray(leaf.reshape(getattr(rows, name).shape))
+    return dataclasses.replace(rows, **leaves)
+
+
+def exact_latents(rows: Rows) -> np.ndarray:
+    """f64 [slots, 576]: codes times scales, not rounded."""
+    match rows.flat():
+        case BF16Rows(latents=latents):
+            return np.asarray(latents).astype(np.float64)
+        case FP8Rows(values=values, scale=scale):
+            return np.asarray(values).astype(np.float64) * (1.0 if scale is None else float(scale))
+        case BlockScaleRows(nope=nope, scales=scales, rope=rope):
+            wide = np.repeat(np.asarray(scales).astype(np.float64), BLOCK_SCALE_TILE, axis=-1)
+            nope64 = np.asarray(nope).astype(np.float64) * wide
+            return np.concatenate([nope64, np.asarray(rope).astype(np.float64)], axis=-1)
+    raise AssertionError(f"{rows.layout=} has no exact latents here")
+
+
+def exact_decode(
+    q: Any, caches: Sequence[Cache], *, sm_scale: float, attn_sink: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """out [b, s_q, h, 512] and lse [b, s_q, h] in f64.
+
+    Args:
+        q: bf16 [b, s_q, h, 576].
+        caches: rows, indices [b, s_q, topk] and topk_length (or None), for one or two caches.
+        sm_scale: factor on the logits.
+        attn_sink: f32 [h] or None.
+    """
+    q = np.asarray(q).astype(np.float64)
+    out, lse = np.zeros((*q.shape[:3], 512)), np.full(q.shape[:3], -np.inf)
+    stores = [exact_latents(rows) for rows, *_ in caches]
+    for i, j in np.ndindex(q.shape[:2]):
+        parts = []
+        for store, (_, indices, lengths) in zip(stores, caches, strict=True):
+            slots = np.asarray(indices)[i, j]
+            if lengths is not None:
+                wide = np.asarray(lengths).reshape(q.shape[0], -1)
+                slots = slots[: max(0, wide[i, j % wide.shape[1]])]
+            parts.append(store[slots[(slots >= 0) & (slots < len(store))]])
+        keys = np.concatenate(parts)
+        if len(keys):
+            logits = q[i, j] @ keys.T * float(np.float32(sm_scale))
+            top = logits.max(-1, keepdims=True)
+            weights = np.exp(logits - top)
+            total = weights.sum(-1, keepdims=True)
+            out[i, j] = weights @ keys[:, :512] / total
+            lse[i, j] = (top + np.log(total))[:, 0]
+            if attn_sink is not None:
+                with np.errstate(over="ignore"):
+                    kept = 1 / (1 + np.exp(np.asarray(attn_sink).astype(np.float64) - lse[i, j]))
+                out[i, j] *= kept[:, None]
+    return out, lse
+
+
+def assert_exact(
+    ours: tuple[Any, Any], exact: tuple[np.ndarray, np.ndarray], *, lse_abs: float = 1e-5
+) -> None:
+    """FlashMLA's tolerances, and a relative error of all of out that leaves little but bf16's.
+
+    Rounding an exact result to bf16 is an error of 1.66e-3. FlashMLA's absolute tolerance of lse,
+    1e-6, is less than the rounding of an f32 sum where the lse of a single key is near zero.
+    """
+    out = np.asarray(ours[0]).astype(np.float64)
+    assert_close(out, exact[0], abs_tol=1e-3, rel_tol=2.01 / 128, cos_tol=5e-6)
+    assert_close(ours[1], exact[1], abs_tol=lse_abs, rel_tol=8.01 / 65536)
+    assert relative_error(out, exact[0]) <= 2.3e-3
+
+
+def relative_error(ours: np.ndarray, exact: np.ndarray) -> float:
+    """The norm of the difference over that of `exact`; 0 if both are zero."""
+    norm = float(np.linalg.norm(exact))
+    difference = float(np.linalg.norm(np.asarray(ours, np.float64) - exact))
+    return difference / norm if norm else difference

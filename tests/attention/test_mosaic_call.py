@@ -1,0 +1,273 @@
+"""The call of the Hopper kernel, on any machine: a stand-in in jnp takes the kernel's place."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmla
+from jmla import _mosaic_decode, attention
+from jmla.attention import dense_decode, sparse_decode, sparse_prefill
+from jmla.layouts import BF16Rows, KVLayout, Rows, quantize
+from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
+from tests.attention.exact import (
+    BF16,
+    FORMATS,
+    FP8,
+    POW2,
+    assert_exact,
+    exact_decode,
+    poison_all,
+    rows_of,
+)
+from tests.helpers import assert_close
+
+kernels = pytest.importorskip("pallas_kernels.sparse_decode", reason="needs Pallas for GPUs")
+
+SINK = jnp.array([0.5, -jnp.inf, jnp.inf], jnp.float32)
+
+
+def stand_in(q, lists, *, sm_scale, attn_sink, num_splits):
+    """What `pallas_kernels.sparse_decode` promises, in f32."""
+    keys, valid = [], []
+    for each in lists:
+        latents = _latents(each)
+        assert latents.shape == (each.num_slots, 576)
+        named = (each.indices >= 0) & (each.indices < each.num_slots)
+        if each.lengths is not None:
+            assert each.lengths.shape == q.shape[:1]
+            places = jnp.arange(each.indices.shape[1], dtype=jnp.int32)
+            named &= places[None, :] < each.lengths[:, None]
+        rows = latents.at[jnp.where(named, each.indices, 0)].get(mode="promise_in_bounds")
+        keys.append(jnp.where(named[..., None], rows, 0.0))
+        valid.append(named)
+    key, named = jnp.concatenate(keys, axis=1), jnp.concatenate(valid, axis=1)
+    logits = jnp.einsum("nhw,nkw->nhk", q.astype(jnp.float32), key, precision="highest")
+    logits = jnp.where(named[:, None], logits * jnp.asarray(sm_scale, jnp.float32), -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    shift = lse if attn_sink is None else jnp.logaddexp(lse, attn_sink[None, :])
+    weights = jnp.where(jnp.isneginf(lse)[..., None], 0.0, jnp.exp(logits - shift[..., None]))
+    out = jnp.einsum("nhk,nkw->nhw", weights, key[..., :512], precision="highest")
+    return out.astype(jnp.bfloat16), lse
+
+
+def _latents(each: Any) -> jax.Array:
+    arrays = {name: x.astype(jnp.float32) for name, x in each.arrays.items()}
+    if each.format == "bf16":
+        return arrays["latents"]
+    if each.format == "fp8":
+        return arrays["values"] * arrays.get("scale", jnp.float32(1))
+    nope = arrays["nope"].reshape(-1, 4, 128) * arrays["scales"][..., None]
+    return jnp.concatenate([nope.reshape(-1, 512), arrays["rope"]], axis=-1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The shape of the queries and the formats of each call that was traced."""
+    traced: list[tuple[Any, ...]] = []
+
+    def recorded(q, lists, **options):
+        assert q.dtype == jnp.bfloat16 and all(each.format in kernels.FORMATS for each in lists)
+        traced.append((q.shape, *(each.format for each in lists)))
+        return stand_in(q, lists, **options)
+
+    monkeypatch.setattr(kernels, "sparse_decode", recorded)
+    # Another function has a cache of its own, so that no later call gets the stand-in.
+    fresh = jax.jit(lambda *args: _mosaic_decode._attend(*args), static_argnums=2)
+    monkeypatch.setattr(_mosaic_decode, "_compiled", fresh)
+    return traced
+
+
+def decode(q, rows, indices, **options):
+    return sparse_decode(q, rows, indices, sm_scale=SCALE, implementation="mosaic_gpu", **options)
+
+
+def test_the_kernel_reads_what_the_table_says():
+    formats = {_mosaic_decode.format_name(rows_of(form, 0, 1)) for form in (*FORMATS, FP8)}
+    assert formats == set(kernels.FORMATS)
+    assert (kernels.RANK, kernels.ROPE_DIM) == (_mosaic_decode.RANK, _mosaic_decode.ROPE_DIM)
+    layouts = {form[0] for form in FORMATS}
+    assert layouts == set(_mosaic_decode.LAYOUTS)
+    for layout in KVLayout:
+        refused = _mosaic_decode.layout_reasons(layout, 512, 64)
+        assert bool(refused) == (layout not in layouts)
+
+
+@pytest.mark.parametrize("form", [*FORMATS, FP8])
+@pytest.mark.parametrize("per_token", [None, False, True])
+def test_arguments_reach_the_kernel(calls, form, per_token):
+    rows, indices = rows_of(form, 1, 3, 7), random_indices(2, 2, 3, 9, slots=21)
+    q = random_queries(0, 2, 3, 3, width=576)
+    lengths = None
+    if per_token is not None:
+        lengths = jnp.array([[4, 0, 100], [9, 1, -3]] if per_token else [5, 0], jnp.int32)
+    ours = decode(q, rows, indices, topk_length=lengths, attn_sink=SINK)
+    exact = exact_decode(q, [(rows, indices, lengths)], sm_scale=SCALE, attn_sink=SINK)
+    assert_exact(ours, exact)
+    assert calls == [((6, 3, 576), _mosaic_decode.format_name(rows))]
+
+
+def test_a_second_cache_reaches_the_kernel(calls):
+    rows, extra = rows_of(POW2, 1, 3, 7), rows_of(BF16, 2, 30)
+    q, indices = random_queries(0, 2, 1, 3, width=576), random_indices(2, 2, 1, 9, slots=21)
+    extra_indices, lengths = random_indices(3, 2, 1, 5, slots=30), jnp.array([2, 5], jnp.int32)
+    ours = decode(
+        q,
+        poison_all(rows, indices),
+        indices,
+        extra_rows=extra,
+        extra_indices=extra_indices,
+        extra_topk_length=lengths,
+    )
+    caches = [(rows, indices, None), (extra, extra_indices, lengths)]
+    assert_exact(ours, exact_decode(q, caches, sm_scale=SCALE))
+    assert calls == [((2, 3, 576), "block_scale_pow2", "bf16")]
+
+
+def test_a_call_outside_jit_is_traced_once(calls):
+    q, indices = random_queries(0, 2, 1, 3, width=576), random_indices(2, 2, 1, 9, slots=21)
+    for seed in range(3):
+        decode(q, rows_of(POW2, seed, 3, 7), indices, num_splits=2)
+    assert len(calls) == 1
+
+
+def stacked(make) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *(make(seed) for seed in range(3)))
+
+
+Q = functools.partial(random_queries, width=576)
+VMAP = {
+    # what is batched: how q, rows, indices, topk_length and attn_sink are; queries of a launch
+    "q": ("q", 12),
+    "indices": ("indices", 12),
+    "q and indices": ("q indices", 12),
+    "lengths": ("lengths", 12),
+    "rows": ("rows", 4),
+    "all": ("q rows indices lengths sink", 4),
+    "sinks": ("sink", 4),
+}
+
+
+@pytest.mark.parametrize(("names", "queries"), VMAP.values(), ids=VMAP)
+def test_vmap(calls, names: str, queries: int):
+    makers = {
+        "q": lambda seed: Q(seed, 2, 2, 3),
+        "rows": lambda seed: rows_of(FORMATS[2], seed, 3, 7),
+        "indices": lambda seed: random_indices(seed, 2, 2, 9, slots=21),
+        "lengths": lambda seed: jnp.array([seed, 9 - seed], jnp.int32),
+        "sink": lambda seed: SINK + np.float32(seed),
+    }
+    batched = [name in names.split() for name in makers]
+    args = [
+        stacked(make) if moves else make(1)
+        for make, moves in zip(makers.values(), batched, strict=True)
+    ]
+
+    def one(q, rows, indices, lengths, sink):
+        return decode(q, rows, indices, topk_length=lengths, attn_sink=sink)
+
+    ours = jax.vmap(one, in_axes=[0 if moves else None for moves in batched])(*args)
+    assert calls[-1][0] == (queries, 3, 576)  # before it, one element is traced for its shapes
+    for i in range(3):
+        mine = [
+            jax.tree.map(lambda x, i=i: x[i], arg) if moves else arg
+            for arg, moves in zip(args, batched, strict=True)
+        ]
+        wanted = one(*mine)
+        assert_close(ours[0][i], wanted[0], abs_tol=1e-3, rel_tol=8e-3)
+        assert_close(ours[1][i], wanted[1], abs_tol=1e-5, rel_tol=1e-5)
+
+
+def test_vmap_of_vmap_and_over_nothing(calls):
+    q, rows = Q(0, 2, 3, 2, 1, 3), rows_of(POW2, 1, 3, 7)
+    indices = random_indices(2, 2, 1, 9, slots=21)
+    over = jax.vmap(jax.vmap(lambda q: decode(q, rows, indices)))
+    assert over(q)[0].shape == (2, 3, 2, 1, 3, 512)
+    assert calls[-1] == ((12, 3, 576), "block_scale_pow2")
+    nothing = jax.vmap(lambda q: decode(q, rows, indices))(q[0, :0])
+    assert [x.shape for x in nothing] == [(0, 2, 1, 3, 512), (0, 2, 1, 3)]
+
+
+def test_there_is_no_gradient(calls):
+    q, rows = Q(0, 2, 1, 3), rows_of(BF16, 1, 3, 7)
+    indices = random_indices(2, 2, 1, 9, slots=21)
+    with pytest.raises(NotImplementedError, match="implementation='xla'"):
+        jax.grad(lambda q: decode(q, rows, indices)[1].sum())(q)
+
+
+def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
+    q, rows = Q(0, 2, 1, 3), rows_of(POW2, 1, 3, 7)
+    indices = random_indices(2, 2, 1, 9, slots=21)
+    for hopper in (False, True):
+        monkeypatch.setattr(attention, "_on_hopper", lambda hopper=hopper: hopper)
+        sparse_decode(q, rows, indices, sm_scale=SCALE)
+        assert bool(calls) == hopper
+    sparse_decode(q, rows, indices, sm_scale=SCALE, implementation="xla")
+    sparse_prefill(q[:, 0], rows, indices[:, 0], sm_scale=SCALE)
+    dense_decode(q, rows, indices[:, 0], jnp.ones(2, jnp.int32), sm_scale=SCALE)
+    sparse_decode(q[:0], rows, indices[:0], sm_scale=SCALE)
+    other = quantize(random_rows(1, 3, 7, rank=512).latents, KVLayout.FP4, rank=512)
+    sparse_decode(q, other, indices, sm_scale=SCALE)
+    small = random_rows(1, 3, 7)
+    sparse_decode(q[..., :192], small, indices, sm_scale=SCALE)
+    empty = BF16Rows(jnp.zeros((0, 576), jnp.bfloat16), rank=512, rope_dim=64)
+    sparse_decode(q, empty, indices, sm_scale=SCALE)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layout", [*_mosaic_decode.LAYOUTS, KVLayout.FP4])
+def test_a_plans_decode_reaches_the_kernel(calls, monkeypatch, layout: KVLayout):
+    monkeypatch.setattr(attention, "_on_hopper", lambda: True)
+    config = jmla.Config(num_heads=3, sm_scale=0.1, layout=layout, platform="sm_90")
+    resolved = jmla.resolve(config)
+    cache = resolved.init_cache(2)
+    lengths = jnp.array([5], jnp.int32)
+    batch = jmla.make_batch(
+        lengths, lengths * 0 + 1, jnp.zeros((1, 1), jnp.int32), num_tokens=1, page_size=64
+    )
+    try:
+        resolved.decode(Q(0, 1, 1, 3), cache, batch, jnp.zeros((1, 7), jnp.int32))
+    finally:
+        jax.clear_caches()  # the plan's own jit holds the stand-in
+    assert bool(calls) == (layout in _mosaic_decode.LAYOUTS)
+    on_kernel = "runs on the device kernel for sm_90 (Hopper)" in " ".join(str(resolved).split())
+    assert on_kernel == bool(calls)
+
+
+def reasons_of(rows: Rows, **options: Any) -> str:
+    q, indices = Q(0, 2, 1, 3)[..., : rows.width], jnp.zeros((2, 1, 4), jnp.int32)
+    with pytest.raises(NotImplementedError) as error:
+        decode(options.pop("q", q), rows, options.pop("indices", indices), **options)
+    return str(error.value)
+
+
+def test_every_reason_against_the_kernel_is_told():
+    rows, indices = rows_of(POW2, 1, 3, 7), jnp.zeros((2, 1, 4), jnp.int32)
+    v4 = quantize(jnp.zeros((3, 7, 512)), KVLayout.FP8_V4, rank=448)
+    text = reasons_of(v4, q=Q(0, 2, 1, 3)[..., :512])
+    assert "rows: the mosaic_gpu kernel does not read FP8_V4; it reads BF16" in text
+    assert "512 + 64 values only, and these have 448 + 64" in text
+    assert "implementation=None" in text
+    fp4 = quantize(jnp.zeros((3, 576)), KVLayout.FP4, rank=512)
+    text = reasons_of(rows, extra_rows=fp4, extra_indices=indices)
+    assert "extra_rows: the mosaic_gpu kernel does not read FP4" in text
+    assert "; rows:" not in text and ": rows:" not in text
+    text = reasons_of(rows, q=Q(0, 0, 1, 3), indices=indices[:0])
+    assert "q.shape=(0, 1, 3, 576): the mosaic_gpu kernel expects at least one query" in text
+    empty = BF16Rows(jnp.zeros((0, 64, 576), jnp.bfloat16), rank=512, rope_dim=64)
+    assert "at least one slot: cache.shape=(0, 64)" in reasons_of(empty)
+
+
+def test_the_stand_in_agrees_with_the_reference(calls):
+    q, rows = Q(0, 2, 2, 3), rows_of(BF16, 1, 3, 7)
+    indices = random_indices(2, 2, 2, 9, slots=21).at[0, 0].set(-1)
+    wanted = sparse_decode(
+        q, rows, indices, sm_scale=SCALE, attn_sink=SINK, implementation="reference"
+    )
+    ours = decode(q, rows, indices, attn_sink=SINK)
+    assert_close(ours[0], wanted[0], abs_tol=1e-3, rel_tol=8e-3)
+    assert_close(ours[1], wanted[1], abs_tol=1e-5, rel_tol=1e-5)
+    same_bits(ours[0][0, 0], jnp.zeros((3, 512), jnp.bfloat16))

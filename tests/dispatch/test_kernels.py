@@ -1,0 +1,58 @@
+"""Which plans a device kernel serves, and how a plan or a refusal says so."""
+
+from typing import Any
+
+import pytest
+
+from jmla.dispatch.resolve import resolve
+from tests.dispatch.test_resolve import BF16, BLOCK, FP4, RAW, V4, config, plan_of
+
+RUNS = "runs on the device kernel for sm_90 (Hopper)"
+NO_COPIES = f"{RUNS}, which makes no dequantised copies"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"layout": BF16}, RUNS),
+        ({"layout": BF16, "decode_backend": "flashmla_sparse"}, RUNS),
+        ({"layout": BF16, "decode_backend": "trtllm"}, RUNS),
+        ({"layout": BLOCK, "scale_format": "fp32"}, RUNS),
+        ({"layout": BLOCK, "attn_sink": True}, NO_COPIES),
+        ({"layout": RAW}, RUNS),
+        ({"layout": RAW, "page_size": 16}, NO_COPIES),
+        ({"layout": FP4}, "runs on XLA: the mosaic_gpu kernel does not read FP4; it reads BF16"),
+        ({"layout": V4}, "runs on XLA: the mosaic_gpu kernel does not read FP8_V4; it reads"),
+        ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),
+        ({"layout": BF16, "decode_backend": "flashmla"}, "no device kernel serves flashmla decode"),
+        ({"layout": BF16, "platform": "sm_100"}, "no device kernel serves trtllm decode on sm_100"),
+        ({"layout": BF16, "platform": "cpu"}, "no device kernel serves fa3 decode on cpu"),
+        ({"layout": BF16, "implementation": "xla"}, "runs on implementation='xla', as named"),
+    ],
+)
+def test_the_plan_says_what_runs_its_decode(settings: dict[str, Any], reason: str) -> None:
+    said = plan_of(**settings).decode.reasons[-1]
+    assert said == reason if reason in (RUNS, NO_COPIES) else reason in said
+
+
+def unserved(**changes: Any) -> str:
+    with pytest.raises(NotImplementedError) as error:
+        resolve(config(implementation="mosaic_gpu", **changes))
+    return str(error.value)
+
+
+def test_a_named_implementation_that_cannot_serve_is_not_implemented() -> None:
+    text = unserved()
+    assert "no kernel for flashmla_sparse prefill on 'sm_90'" in text
+    assert "fa3 decode" not in text
+    assert "implementation=None, 'xla' or 'reference'" in text
+    elsewhere = "no kernel for fa3 decode on 'cpu' (platforms with one: 'sm_90')"
+    assert elsewhere in unserved(platform="cpu")
+    dense = "no kernel for flashmla decode on 'sm_90' (platforms with one: none yet)"
+    assert dense in unserved(kv_cache_dtype="bfloat16", decode_backend="flashmla")
+    assert "cannot serve flashmla_kv decode: the mosaic_gpu kernel does not read FP8_V4" in (
+        unserved(layout=V4)
+    )
+    assert "cannot serve fa3 decode: the mosaic_gpu kernel reads latents of 512 + 64 values" in (
+        unserved(kv_lora_rank=256)
+    )
