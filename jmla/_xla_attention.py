@@ -212,14 +212,11 @@ def _attend_block(
     named &= places[None, :] < jnp.max(lengths, axis=0)[:, None]
     slots = jnp.where(named, page * page_size + (places % page_size)[None, :], -1)
     keys = store.gather(slots).dequantize()
-    # The barriers keep XLA from fusing a loop of one block into what surrounds it: it would sum
-    # in another order than in a longer loop, and the first heads depend on the number of heads.
-    keys, named = lax.optimization_barrier((keys, named))
 
     def attend_heads(
         operands: tuple[BFloat16[Array, "c head width"], Int[Array, " c"]],
     ) -> _Softmax:
-        q, lengths = lax.optimization_barrier(operands)
+        q, lengths = operands
         valid = named & (places[None, :] < lengths[:, None])
         logits = jnp.einsum("chw,ckw->chk", q, keys, preferred_element_type=jnp.float32) * scale
         logits = jnp.where(valid[:, None, :], logits, -jnp.inf)
@@ -229,7 +226,7 @@ def _attend_block(
         out = jnp.einsum(
             "chk,ckw->chw", weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )
-        return lax.optimization_barrier(_Softmax(out, top, jnp.sum(weights, axis=-1)))
+        return _Softmax(out, top, jnp.sum(weights, axis=-1))
 
     return lax.map(attend_heads, (q, lengths))
 

@@ -18,7 +18,7 @@ What all of them share:
 
 - `"xla"` runs everywhere, in bounded memory: at most 32768 gathered keys are alive at a time
   (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch around
-  it nor on the number of heads.
+  it nor on the number of heads, but for the last bit of lse on a GPU.
 - `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0), of sparse decode alone: of one or
   two caches in the layouts BF16, FP8_NOPE_FP8_ROPE and FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, with
   latents of 512 + 64 values. It reads FP8 values as they are stored, without rounding them to bf16

@@ -34,6 +34,23 @@ def test_accuracy_figures_are_the_measured_ones():
         assert change == (f"{measured[case] * 100:+.2f} %" if measured[case] else "")
 
 
+def test_speeds_are_the_recorded_ones():
+    results = ROOT / "benchmarks" / "results" / "H200.jsonl"
+    recorded = set()
+    for record in map(json.loads, results.read_text().splitlines()):
+        words = [record["case"], record["scale_format"]]
+        words += [record["indices"]] if record["indices"] != "uniform" else []
+        name = " ".join(word for word in words if word)
+        ours, peer, floor = record["ours_us"], record["peer_us"], record["floor_us"]
+        against = (f"{peer:.1f}", f"{peer / ours:.2f}") if peer else ("-", "-")
+        shape = name.replace("layout=", "").replace(" topk=2048", "")
+        recorded.add((shape, f"{ours:.1f}", *against, f"{floor:.1f}"))
+    pattern = r"^\| ((?:656|576|bf16) b=.*?) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$"
+    quoted = re.findall(pattern, README, flags=re.MULTILINE)
+    assert quoted
+    assert set(quoted) <= recorded
+
+
 def test_links_and_folders_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -24,7 +24,9 @@ from pallas_kernels.sparse_decode.block import Block
 
 CHUNK = 16  # bytes of one copy
 WARP_BYTES = 32 * CHUNK
-SMALLEST_NORMAL = 1 << 23
+# 2^-64: rows of smaller scales, and of zeros, count as of this one. Their weights in the sum of
+# weights, 2^64, and the others', relative to theirs, stay within f32.
+SMALLEST_POWER = (127 - 64) << 23
 
 
 def gather(block: Block) -> None:
@@ -130,7 +132,7 @@ def _store_token(block: Block, ring: Ring, row: Value, slot: Value, scales: list
     for scale in scales[1:]:
         exponent = scale & 0x7F800000
         top = select(top < exponent, exponent, top)
-    top = select(top < SMALLEST_NORMAL, i32(SMALLEST_NORMAL), top)
+    top = select(top < SMALLEST_POWER, i32(SMALLEST_POWER), top)
     inverse = (i32(254 << 23) - top).as_f32()
     bias = int_to_float((top >> 23) - 127)
     store_shared(base + row * 4, [select(masked, f32(-math.inf), bias)], block.bias)

@@ -227,7 +227,11 @@ def test_4_the_first_heads_do_not_depend_on_the_others(heads: int, topk: int):
     indices = random_indices(2, 5, topk, slots=64)
     all_heads = sparse_prefill(q, rows, indices, sm_scale=SCALE, implementation="xla")
     some = sparse_prefill(q[:, :heads], rows, indices, sm_scale=SCALE, implementation="xla")
-    same_bits(some, jax.tree.map(lambda x: x[:, :heads], all_heads))
+    out, top, lse = (x[:, :heads] for x in all_heads)
+    same_bits(some[:2], (out, top))
+    # XLA computes the logarithm in another fusion if one block of heads needs no loop.
+    on_gpu = jax.default_backend() == "gpu"
+    np.testing.assert_allclose(some[2], lse, rtol=2e-7 if on_gpu else 0)
 
 
 @pytest.mark.parametrize("page_size", [1, 53, 576])
