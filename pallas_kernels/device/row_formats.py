@@ -14,7 +14,8 @@ import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 
-from pallas_kernels.device.simt import Thread, Value, i32, load_shared, ptx
+from pallas_kernels.device.memory import load_shared
+from pallas_kernels.device.simt import Thread, Value, i32, ptx
 
 TILE = 64
 RANK = 512

@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.memory import global_address, load_global, shared_address
 from pallas_kernels.device.row_formats import PARTS, TILE, RowFormat
 from pallas_kernels.device.simt import (
     Thread,
     Value,
     block_thread,
     floor_divide,
-    global_address,
     i32,
-    load_global,
     minimum,
     ptx,
     scalar,
     select,
-    shared_address,
     when,
 )
 from pallas_kernels.device.sync import BYTES, Barriers, Ring

@@ -2,21 +2,18 @@
 
 import math
 
+from pallas_kernels.device.memory import global_address, load_global, store_f16, store_shared
 from pallas_kernels.device.row_formats import swizzle
 from pallas_kernels.device.simt import (
     Value,
     f32,
-    global_address,
     i32,
     int_to_float,
-    load_global,
     loop,
     minimum,
     ptx,
     select,
     shuffle,
-    store_f16,
-    store_shared,
     when,
 )
 from pallas_kernels.device.sync import Ring

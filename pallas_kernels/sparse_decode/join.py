@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float
 
+from pallas_kernels.device.memory import global_address, load_global, store_global
 from pallas_kernels.device.row_formats import RANK, pack_bf16
 from pallas_kernels.device.simt import (
     Value,
@@ -20,12 +21,9 @@ from pallas_kernels.device.simt import (
     f32,
     fma,
     fmax,
-    global_address,
-    load_global,
     log2,
     scalar,
     select,
-    store_global,
     when,
 )
 

@@ -3,19 +3,9 @@
 import math
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.memory import global_address, load_global, store_shared
 from pallas_kernels.device.row_formats import PARTS, pack_bf16, pack_f16
-from pallas_kernels.device.simt import (
-    Value,
-    f32,
-    global_address,
-    i32,
-    load_global,
-    minimum,
-    ptx,
-    select,
-    store_shared,
-    when,
-)
+from pallas_kernels.device.simt import Value, f32, i32, minimum, ptx, select, when
 from pallas_kernels.device.sync import proxy_fence
 from pallas_kernels.sparse_decode.block import CONSUMER_WARPS, Block, head_place
 

@@ -1,20 +1,9 @@
 """The warpgroups of the second product: each adds up 256 columns of the output."""
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.memory import global_address, load_shared, store_global
 from pallas_kernels.device.row_formats import RANK, pack_bf16
-from pallas_kernels.device.simt import (
-    Value,
-    branch,
-    f32,
-    global_address,
-    i32,
-    load_shared,
-    loop,
-    opaque,
-    select,
-    store_global,
-    when,
-)
+from pallas_kernels.device.simt import Value, branch, f32, i32, loop, opaque, select, when
 from pallas_kernels.device.sync import Ring
 from pallas_kernels.sparse_decode.block import Block
 from pallas_kernels.sparse_decode.queries import load_query

@@ -263,7 +263,9 @@ def test_block_scales_far_apart(form):
 def test_rows_of_a_fresh_cache(form, zeros):
     """Rows of zeros have scales of zero; their logits are 0, and they count."""
     rows, fresh = rows_of(form, 1, 150), rows_of(form, 1, 150, factors=np.zeros((150, 576)))
-    leaves = {name: jnp.zeros_like(getattr(fresh, name)) for name in fresh.token_leaves}
+    leaves: dict[str, Any] = {
+        name: jnp.zeros_like(getattr(fresh, name)) for name in fresh.token_leaves
+    }
     written = jnp.arange(150 - zeros, dtype=jnp.int32)
     rows = dataclasses.replace(fresh, **leaves).set(written, rows.gather(written))
     q, indices = random_queries(0, 2, 1, 20), jnp.tile(jnp.arange(150, dtype=jnp.int32), (2, 1, 1))

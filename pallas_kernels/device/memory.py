@@ -1,0 +1,76 @@
+"""Addresses, loads and stores of one thread."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.device.simt import Value, i32_type, i64_type, ptx
+
+
+def shared_address(ref: Any) -> Value:
+    """The 32-bit address of a reference to shared memory."""
+    return Value(llvm.ptrtoint(i32_type(), mgpu_utils.memref_ptr(ref)))
+
+
+def global_address(ref: Any) -> Value:
+    """The 64-bit address of a reference to global memory."""
+    return Value(llvm.ptrtoint(i64_type(), mgpu_utils.memref_ptr(ref)))
+
+
+def load_shared(address: Value, out: str, offset: int = 0) -> list[Value]:
+    """1, 2 or 4 words of shared memory; `out` is "r" or "f" for each."""
+    return ptx(f"ld.shared{_vector(out)} {_words(out)}, [${len(out)}+{offset}];", address, out=out)
+
+
+def store_shared(address: Value, values: Sequence[Value], offset: int = 0) -> None:
+    """Stores 1, 2 or 4 words of 32 bits."""
+    kind = "f" if values[0].is_float else "r"
+    ptx(
+        f"st.shared{_vector(kind * len(values))} [$0+{offset}], {_words(kind * len(values), 1)};",
+        address,
+        *values,
+    )
+
+
+def load_global(address: Value, out: str, offset: int = 0, cache: str = ".nc") -> list[Value]:
+    """1, 2 or 4 words of global memory that no thread writes meanwhile."""
+    return ptx(
+        f"ld.global{cache}{_vector(out)} {_words(out)}, [${len(out)}+{offset}];", address, out=out
+    )
+
+
+def store_global(address: Value, values: Sequence[Value], offset: int = 0) -> None:
+    """Stores 1, 2 or 4 words of 32 bits."""
+    kind = "f" if values[0].is_float else "r"
+    ptx(
+        f"st.global{_vector(kind * len(values))} [$0+{offset}], {_words(kind * len(values), 1)};",
+        address,
+        *values,
+    )
+
+
+def load_f16_twice(address: Value, offset: int) -> Value:
+    """An f16 in shared memory, in both halves of a word."""
+    text = f"{{ .reg .b16 half; ld.shared.b16 half, [$1+{offset}]; mov.b32 $0, {{half, half}}; }}"
+    return ptx(text, address, out="r")[0]
+
+
+def store_f16(address: Value, value: Value, offset: int) -> Value:
+    """Stores a float as f16 in shared memory; the float that it has become."""
+    text = (
+        f"{{ .reg .b16 half; cvt.rn.f16.f32 half, $2; st.shared.b16 [$1+{offset}], half; "
+        "cvt.f32.f16 $0, half; }"
+    )
+    return ptx(text, address, value, out="f")[0]
+
+
+def _vector(kinds: str) -> str:
+    size = f".v{len(kinds)}" if len(kinds) > 1 else ""
+    return f"{size}.{'f32' if kinds[0] == 'f' else 'b32'}"
+
+
+def _words(kinds: str, first: int = 0) -> str:
+    names = ",".join(f"${first + i}" for i in range(len(kinds)))
+    return f"{{{names}}}" if len(kinds) > 1 else names
