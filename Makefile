@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both make the environment they need.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types unit train
+.PHONY: help demo test test-oldest test-kernels lint types unit train
 
 # A Python that already has every package (a GPU image, an active environment) is used as it is;
 # otherwise .venv is made from a Python 3.12 or newer.
@@ -26,6 +26,7 @@ help:
 	@echo "make demo   generate text with the example model (ARGS=... for its options, see ARGS=--help)"
 	@echo "make test   lint, types and tests (TESTS=... for some of them)"
 	@echo "make test-oldest  the tests on JAX $(OLDEST_JAX), in an environment of its own"
+	@echo "make test-kernels  compile the kernels for an H200 with the newest JAX, without a GPU"
 	@echo "make train  train the example model again; wants a GPU"
 
 # The oldest JAX that pyproject.toml admits.
@@ -46,6 +47,9 @@ endef
 
 .venv-oldest/.ready: pyproject.toml
 	$(call make_venv,".[test$(COMMA)aot]" $(foreach name,jax jaxlib jax-cuda13-plugin jax-cuda13-pjrt,$(name)==$(OLDEST_JAX)))
+
+.venv-kernels/.ready: pyproject.toml
+	$(call make_venv,".[test$(COMMA)aot]")
 
 demo: $(ENVIRONMENT)
 	$(PYTHON) -m examples.decode_loop $(ARGS)
@@ -70,3 +74,6 @@ unit: $(ENVIRONMENT)
 # With XLA's CUDA compiler beside it, which needs no GPU: the programs are compiled for an H200, too.
 test-oldest: .venv-oldest/.ready
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-kernels: .venv-kernels/.ready
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-kernels/bin/python -m pytest -n $(WORKERS) tests/aot/test_kernels.py
