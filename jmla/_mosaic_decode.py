@@ -201,7 +201,6 @@ def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Resu
             arrays=_arrays(cache),
             indices=indices,
             lengths=lengths,
-            num_slots=cache.num_slots,
         )
         for cache, indices, lengths in zip(
             shared.caches, queries.indices, queries.lengths, strict=True

@@ -80,9 +80,9 @@ def sparse_decode(
         extra_indices: int32 [b, s_q, extra_topk], slots in `extra_rows`.
         extra_topk_length: as `topk_length`, for `extra_indices`.
         num_splits: parts into which each list of keys is cut, and joined by their LSE; fewer if it
-            is too short, and more if the implementation needs them. It changes rounding only, and
-            a fixed number gives a row the same bits in every batch. None leaves it to the
-            implementation.
+            is too short, at most 32 in mosaic_gpu, and more if xla needs them for its bound on
+            memory. It changes rounding only, and a fixed number gives a row the same bits in every
+            batch. None leaves it to the implementation.
         implementation: see the module.
 
     Returns:

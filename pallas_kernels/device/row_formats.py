@@ -22,7 +22,6 @@ RANK = 512
 ROPE_DIM = 64
 COLUMNS = 64  # of a tile that one round of products takes
 PARTS = RANK // COLUMNS
-GROUPS = 4  # of 128 columns, which share a block scale
 
 
 def swizzle[T: (int, Value)](row: T) -> T:

@@ -32,11 +32,6 @@ def f32_type() -> ir.Type:
     return ir.F32Type.get()
 
 
-def bool_type() -> ir.Type:
-    """A predicate."""
-    return ir.IntegerType.get_signless(1)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """A scalar of one thread: i1, i32, i64 or f32. Integers are signed where it matters."""

@@ -31,14 +31,17 @@ class KeyList(NamedTuple):
         arrays: the cache, as the format names its arrays.
         indices: int32 [n, topk], slots; any slot outside the cache is masked.
         lengths: int32 [n], how many of a query's slots count, or None for all.
-        num_slots: rows of the cache.
     """
 
     format: str
     arrays: Mapping[str, Array]
     indices: Int[Array, "n topk"]
     lengths: Int[Array, " n"] | None
-    num_slots: int
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the cache."""
+        return int(self.arrays[FORMATS[self.format].nope.array].shape[0])
 
 
 def sparse_decode(
