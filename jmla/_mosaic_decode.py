@@ -16,6 +16,7 @@ from jmla.layouts.base import KVLayout, Rows
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp8 import FP8Rows
+from jmla.layouts.packed_block_scale import PackedBlockScaleRows
 
 PLATFORM = "sm_90"
 RANK, ROPE_DIM = 512, 64
@@ -224,6 +225,8 @@ def format_name(rows: Rows) -> str:
             return "fp8"
         case BlockScaleRows():
             return f"block_scale_{rows.scale_format}"
+        case PackedBlockScaleRows():
+            return f"packed_block_scale_{rows.scale_format}"
     raise AssertionError(f"{rows.layout=}: layout_reasons lets {LAYOUTS} through")
 
 

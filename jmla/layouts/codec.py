@@ -5,11 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt8
 
+from jmla.layouts._bits import check_unpaged
 from jmla.layouts.base import BLOCK_SCALE_TILE, KVLayout, Rows, ScaleFormat
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
+from jmla.layouts.packed_block_scale import PackedBlockScaleRows
 from jmla.layouts.v4 import V4Rows
 
 
@@ -119,6 +121,7 @@ def from_bytes(
     scale_format: ScaleFormat = "pow2",
     page_size: int | None = None,
     scale: Array | float | None = None,
+    in_place: bool = False,
 ) -> Rows:
     """The reverse of `to_bytes`, exact.
 
@@ -132,6 +135,9 @@ def from_bytes(
         scale_format: by which rule a block-scale cache was written; bytes do not tell.
         page_size: tokens in a page, for FP8_V4 alone, where it is required.
         scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+        in_place: the rows hold `packed` itself and are unpacked as they are read, so that a cache
+            that another engine keeps is never copied. For the block-scale layout alone; the rows
+            of BF16 and FP8_NOPE_FP8_ROPE are one array in either form.
 
     Raises:
         ValueError: not u8, a last axis of another length, or arguments that are not the layout's.
@@ -139,6 +145,13 @@ def from_bytes(
     form = zero_rows(
         layout, (0,), rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
     )
+    if in_place:
+        check_unpaged(layout, page_size)
+        if not isinstance(form, BlockScaleRows):
+            raise ValueError(
+                f"{in_place=}: expected False for {layout.name}, which has no rows that stay packed"
+            )
+        return PackedBlockScaleRows.like(form, packed)
     return form.unpack(packed, page_size=page_size)
 
 
@@ -158,7 +171,7 @@ def convert(
     Every other pair dequantises and quantises.
 
     Args:
-        rows: the source.
+        rows: the source; packed ones are unpacked first.
         layout: the target; rank and rope width stay.
         slots: int32 of any shape; the result has token shape `slots.shape`, and a slot outside
             `[0, num_slots)` gives zeros. None converts all rows and keeps the token shape.
@@ -172,6 +185,8 @@ def convert(
     rows.check()
     if slots is not None:
         rows = rows.gather(slots)
+    if isinstance(rows, PackedBlockScaleRows):
+        rows = rows.unpacked()
     if isinstance(rows, BlockScaleRows):
         scale_format = scale_format or rows.scale_format
         if rows.scale_format == "pow2" and scale_format == "fp32":

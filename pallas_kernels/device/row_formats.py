@@ -11,8 +11,7 @@ bank conflicts.
 """
 
 import dataclasses
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pallas_kernels.device.memory import load_shared
 from pallas_kernels.device.simt import Thread, Value, i32, ptx
@@ -208,42 +207,6 @@ class RowFormat:
         return [
             columns[below][2 * i + row] for i in range(4) for below in range(2) for row in range(2)
         ]
-
-
-_BLOCK_SCALE = RowFormat(
-    nope=Part("nope", 0, 512),
-    nope_bytes=512,
-    rope=Part("rope", 0, 128),
-    rope_bytes=128,
-    scale=Part("scales", 0, 16),
-    dtype="f16",
-    rope_dtype="bf16",
-)
-
-FORMATS: Mapping[str, RowFormat] = types.MappingProxyType(
-    {
-        "block_scale_pow2": _BLOCK_SCALE,
-        "block_scale_fp32": dataclasses.replace(_BLOCK_SCALE, scales_are_powers=False),
-        "fp8": RowFormat(
-            nope=Part("values", 0, 576),
-            nope_bytes=512,
-            rope=Part("values", 512, 576),
-            rope_bytes=64,
-            scale=None,
-            dtype="f16",
-            rope_dtype="f16",
-        ),
-        "bf16": RowFormat(
-            nope=Part("latents", 0, 1152),
-            nope_bytes=1024,
-            rope=Part("latents", 1024, 1152),
-            rope_bytes=128,
-            scale=None,
-            dtype="bf16",
-            rope_dtype="bf16",
-        ),
-    }
-)
 
 
 def e4m3_pairs(word: Value) -> list[Value]:

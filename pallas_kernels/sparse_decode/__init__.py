@@ -12,7 +12,8 @@ Keys are the rows of a product (S^T = K Q^T, O^T = V^T P^T), so that few heads c
 rows are converted in registers, so that converted keys are never stored.
 """
 
-from pallas_kernels.device.row_formats import FORMATS, RANK, ROPE_DIM
+from pallas_kernels.device.formats import FORMATS
+from pallas_kernels.device.row_formats import RANK, ROPE_DIM
 from pallas_kernels.sparse_decode.call import KeyList, sparse_decode
 
 __all__ = ["FORMATS", "RANK", "ROPE_DIM", "KeyList", "sparse_decode"]

@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Int
 
-from pallas_kernels.device.row_formats import FORMATS, RANK, RowFormat
+from pallas_kernels.device.formats import FORMATS
+from pallas_kernels.device.row_formats import RANK, RowFormat
 from pallas_kernels.sparse_decode.block import Block, shared_bytes
 from pallas_kernels.sparse_decode.gather import gather
 from pallas_kernels.sparse_decode.join import join

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from jmla.layouts import KVLayout
 from tests.aot.h200 import sharding
 
 MIB = 1 << 20
+BLOCK = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE
 
 # The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
@@ -20,11 +22,17 @@ import json, sys
 import jax
 import jax.numpy as jnp
 from jmla import KVLayout, sparse_decode
-from jmla.layouts import zero_rows
+from jmla.layouts import from_bytes, to_bytes, zero_rows
 from tests.aot.h200 import bytes_of, on_h200
 
 layout, options, shapes = json.loads(sys.argv[1])
-rows = jax.eval_shape(lambda: zero_rows(KVLayout[layout], (4096, 64), **options))
+in_place = options.pop("in_place", False)
+
+def cache():
+    rows = zero_rows(KVLayout[layout], (4096, 64), **options)
+    return from_bytes(to_bytes(rows), rows.layout, in_place=True, **options) if in_place else rows
+
+rows = jax.eval_shape(cache)
 temporary = []
 for b, heads in shapes:
     q = jax.ShapeDtypeStruct((b, 1, heads, 576), jnp.bfloat16)
@@ -38,7 +46,7 @@ FULL_BATCH = [(128, 16), (128, 32), (128, 64)]
 
 
 def compiled(
-    folder: Path, layout: KVLayout, options: dict[str, str], shapes: list[tuple[int, int]]
+    folder: Path, layout: KVLayout, options: dict[str, Any], shapes: list[tuple[int, int]]
 ) -> tuple[list[int], list[str]]:
     """Temporary bytes of each program, and what ptxas said of each kernel."""
     sharding()  # skips where there is nothing to compile with
@@ -65,13 +73,15 @@ def assert_good(said: list[str]) -> None:
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "pow2"}),
-        (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"}),
+        (BLOCK, {"scale_format": "pow2"}),
+        (BLOCK, {"scale_format": "fp32"}),
+        (BLOCK, {"scale_format": "pow2", "in_place": True}),
+        (BLOCK, {"scale_format": "fp32", "in_place": True}),
         (KVLayout.FP8_NOPE_FP8_ROPE, {}),
         (KVLayout.BF16, {}),
     ],
 )
-def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, str]):
+def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, Any]):
     temporary, said = compiled(tmp_path, layout, options, FULL_BATCH)
     assert len(said) >= len(FULL_BATCH)
     assert_good(said)
@@ -79,8 +89,8 @@ def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, str])
 
 
 def test_a_request_alone_is_cut_into_parts_and_joined(tmp_path: Path):
-    layout, heads = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, 128
-    (temporary,), said = compiled(tmp_path, layout, {"scale_format": "pow2"}, [(1, heads)])
+    heads = 128
+    (temporary,), said = compiled(tmp_path, BLOCK, {"scale_format": "pow2"}, [(1, heads)])
     a_part = heads * 512 * 4
     assert said and 2 * a_part <= temporary <= 34 * a_part
     assert_good(said)

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmla.layouts import BF16Rows, BlockScaleRows, FP8Rows, KVLayout, Rows, quantize
+from jmla.layouts import (
+    BF16Rows,
+    BlockScaleRows,
+    FP8Rows,
+    KVLayout,
+    PackedBlockScaleRows,
+    Rows,
+    from_bytes,
+    quantize,
+    to_bytes,
+)
 from jmla.layouts.base import BLOCK_SCALE_TILE
 from tests.attention.cases import random_rows
 from tests.helpers import assert_close
@@ -22,18 +32,23 @@ SCALED_FP8: Format = (KVLayout.FP8_NOPE_FP8_ROPE, {"scale": 0.0173})
 POW2: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "pow2"})
 FP32: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"})
 FORMATS = (POW2, FP32, SCALED_FP8, BF16)
+PACKED_POW2: Format = (POW2[0], POW2[1] | {"in_place": True})
+PACKED_FP32: Format = (FP32[0], FP32[1] | {"in_place": True})
 
 
 def rows_of(form: Format, seed: int, *shape: int, factors: np.ndarray | None = None) -> Rows:
     """Random rows of 512 + 64 values in a format, each multiplied by its factor [slots, 576]."""
     layout, options = form
+    options = dict(options)
+    in_place = options.pop("in_place", False)
     latents = random_rows(seed, *shape, rank=512).latents
     if factors is not None:
         scaled = np.asarray(latents, np.float32) * factors.reshape(latents.shape)
         latents = jnp.asarray(scaled.astype(jnp.bfloat16))
     if "scale" in options:
         options = {"scale": jnp.float32(options["scale"])}
-    return quantize(latents, layout, rank=512, rope_dim=64, **options)
+    rows = quantize(latents, layout, rank=512, rope_dim=64, **options)
+    return from_bytes(to_bytes(rows), layout, in_place=True, **options) if in_place else rows
 
 
 def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
@@ -45,7 +60,7 @@ def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
     leaves: dict[str, Any] = {}
     for name in rows.token_leaves:
         leaf = np.array(getattr(rows.flat(), name))
-        leaf[~keep] = np.nan
+        leaf[~keep] = 255 if leaf.dtype == np.uint8 else np.nan  # NaN in bytes, too
         leaves[name] = jnp.asarray(leaf.reshape(getattr(rows, name).shape))
     return dataclasses.replace(rows, **leaves)
 
@@ -61,6 +76,8 @@ def exact_latents(rows: Rows) -> np.ndarray:
             wide = np.repeat(np.asarray(scales).astype(np.float64), BLOCK_SCALE_TILE, axis=-1)
             nope64 = np.asarray(nope).astype(np.float64) * wide
             return np.concatenate([nope64, np.asarray(rope).astype(np.float64)], axis=-1)
+        case PackedBlockScaleRows() as packed:
+            return exact_latents(packed.unpacked())
     raise AssertionError(f"{rows.layout=} has no exact latents here")
 
 

@@ -11,12 +11,14 @@ import pytest
 import jmla
 from jmla import _mosaic_decode, attention
 from jmla.attention import dense_decode, sparse_decode, sparse_prefill
-from jmla.layouts import BF16Rows, KVLayout, Rows, quantize
+from jmla.layouts import BF16Rows, KVLayout, Rows, from_bytes, quantize
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
 from tests.attention.exact import (
     BF16,
     FORMATS,
     FP8,
+    PACKED_FP32,
+    PACKED_POW2,
     POW2,
     assert_exact,
     exact_decode,
@@ -27,6 +29,7 @@ from tests.helpers import assert_close
 
 kernels = pytest.importorskip("pallas_kernels.sparse_decode", reason="needs Pallas for GPUs")
 
+EVERY_FORMAT = (*FORMATS, FP8, PACKED_POW2, PACKED_FP32)
 SINK = jnp.array([0.5, -jnp.inf, jnp.inf], jnp.float32)
 
 
@@ -55,7 +58,11 @@ def stand_in(q, lists, *, sm_scale, attn_sink, num_splits):
 
 
 def _latents(each: Any) -> jax.Array:
-    arrays = {name: x.astype(jnp.float32) for name, x in each.arrays.items()}
+    arrays = each.arrays
+    if each.format.startswith("packed"):
+        rows = from_bytes(arrays["packed"], POW2[0])
+        arrays = {name: getattr(rows, name) for name in rows.token_leaves}
+    arrays = {name: x.astype(jnp.float32) for name, x in arrays.items()}
     if each.format == "bf16":
         return arrays["latents"]
     if each.format == "fp8":
@@ -86,7 +93,7 @@ def decode(q, rows, indices, **options):
 
 
 def test_the_kernel_reads_what_the_table_says():
-    formats = {_mosaic_decode.format_name(rows_of(form, 0, 1)) for form in (*FORMATS, FP8)}
+    formats = {_mosaic_decode.format_name(rows_of(form, 0, 1)) for form in EVERY_FORMAT}
     assert formats == set(kernels.FORMATS)
     assert (kernels.RANK, kernels.ROPE_DIM) == (_mosaic_decode.RANK, _mosaic_decode.ROPE_DIM)
     layouts = {form[0] for form in FORMATS}
@@ -96,7 +103,7 @@ def test_the_kernel_reads_what_the_table_says():
         assert bool(refused) == (layout not in layouts)
 
 
-@pytest.mark.parametrize("form", [*FORMATS, FP8])
+@pytest.mark.parametrize("form", EVERY_FORMAT)
 @pytest.mark.parametrize("per_token", [None, False, True])
 def test_arguments_reach_the_kernel(calls, form, per_token):
     rows, indices = rows_of(form, 1, 3, 7), random_indices(2, 2, 3, 9, slots=21)

@@ -1,0 +1,52 @@
+"""The formats that kernels read, by name."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+
+from pallas_kernels.device.row_formats import Part, RowFormat
+
+_BLOCK_SCALE = RowFormat(
+    nope=Part("nope", 0, 512),
+    nope_bytes=512,
+    rope=Part("rope", 0, 128),
+    rope_bytes=128,
+    scale=Part("scales", 0, 16),
+    dtype="f16",
+    rope_dtype="bf16",
+)
+_PACKED_BLOCK_SCALE = dataclasses.replace(
+    _BLOCK_SCALE,
+    nope=Part("packed", 0, 656),
+    scale=Part("packed", 512, 656),
+    rope=Part("packed", 528, 656),
+)
+
+FORMATS: Mapping[str, RowFormat] = types.MappingProxyType(
+    {
+        "block_scale_pow2": _BLOCK_SCALE,
+        "block_scale_fp32": dataclasses.replace(_BLOCK_SCALE, scales_are_powers=False),
+        "packed_block_scale_pow2": _PACKED_BLOCK_SCALE,
+        "packed_block_scale_fp32": dataclasses.replace(
+            _PACKED_BLOCK_SCALE, scales_are_powers=False
+        ),
+        "fp8": RowFormat(
+            nope=Part("values", 0, 576),
+            nope_bytes=512,
+            rope=Part("values", 512, 576),
+            rope_bytes=64,
+            scale=None,
+            dtype="f16",
+            rope_dtype="f16",
+        ),
+        "bf16": RowFormat(
+            nope=Part("latents", 0, 1152),
+            nope_bytes=1024,
+            rope=Part("latents", 1024, 1152),
+            rope_bytes=128,
+            scale=None,
+            dtype="bf16",
+            rope_dtype="bf16",
+        ),
+    }
+)
