@@ -15,6 +15,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 from jmla.layouts.base import KVLayout, Rows
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
+from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
 
@@ -24,6 +25,7 @@ LAYOUTS = (
     KVLayout.BF16,
     KVLayout.FP8_NOPE_FP8_ROPE,
     KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE,
+    KVLayout.FP4,
 )
 
 
@@ -221,6 +223,8 @@ def format_name(rows: Rows) -> str:
     match rows:
         case BF16Rows():
             return "bf16"
+        case FP4Rows():
+            return "fp4"
         case FP8Rows():
             return "fp8"
         case BlockScaleRows():

@@ -4,6 +4,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
+from pallas_kernels.device.fp4_format import FP4Format
 from pallas_kernels.device.row_formats import Part, RowFormat
 
 _BLOCK_SCALE = RowFormat(
@@ -38,6 +39,17 @@ FORMATS: Mapping[str, RowFormat] = types.MappingProxyType(
             scale=None,
             dtype="f16",
             rope_dtype="f16",
+        ),
+        "fp4": FP4Format(
+            nope=Part("packed", 0, 288),
+            nope_bytes=256,
+            rope=Part("packed", 256, 288),
+            rope_bytes=32,
+            scale=Part("exponents", 0, 36),
+            dtype="f16",
+            rope_dtype="f16",
+            scale_columns=16,
+            partner=4,
         ),
         "bf16": RowFormat(
             nope=Part("latents", 0, 1152),

@@ -11,16 +11,28 @@ bank conflicts.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from pallas_kernels.device.memory import load_shared
-from pallas_kernels.device.simt import Thread, Value, i32, ptx
+from pallas_kernels.device.memory import (
+    load_f16_twice,
+    load_global,
+    load_shared,
+    store_f16,
+    store_shared,
+)
+from pallas_kernels.device.simt import Thread, Value, f32, i32, int_to_float, ptx, select, when
 
 TILE = 64
 RANK = 512
 ROPE_DIM = 64
 COLUMNS = 64  # of a tile that one round of products takes
-PARTS = RANK // COLUMNS
+# 2^-64: rows of smaller scales, and of zeros, count as of this one. Their weights in the sum of
+# weights, 2^64, and the others', relative to theirs, stay within f32.
+SMALLEST_POWER = (127 - 64) << 23
+BIAS = 0
+"""Offset, beside the rows, of a logarithm added to each row's logits; -inf masks the row."""
 
 
 def swizzle[T: (int, Value)](row: T) -> T:
@@ -43,6 +55,22 @@ class TileAddress:
     values: tuple[Value, Value]
 
 
+class Stage(NamedTuple):
+    """Where a stage of rows begins in shared memory.
+
+    Attributes:
+        nope: the no-position values.
+        rope: the rotary values.
+        tokens: what is kept beside the rows.
+        value_factors: the thread's factors on values there; see `RowFormat.value_factors_at`.
+    """
+
+    nope: Value
+    rope: Value
+    tokens: Value
+    value_factors: Value
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Where a part of each row lies in global memory.
@@ -51,11 +79,14 @@ class Part:
         array: the name of the array.
         offset: bytes before the part of the first row.
         stride: bytes from row to row.
+        behind: bytes of each row of a page that lie before the part of the page's first row; of
+            arrays of pages only.
     """
 
     array: str
     offset: int
     stride: int
+    behind: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +95,20 @@ class RowFormat:
 
     Attributes:
         nope: the no-position values.
-        nope_bytes: of a row.
+        nope_bytes: of a row, in shared memory.
         rope: the rotary values.
         rope_bytes: of a row.
-        scale: the f32 block scales, one per 128 no-position values, or None.
+        scale: the block scales, or None.
         dtype: "f16" or "bf16", what the tensor cores multiply no-position values in.
         rope_dtype: the same for rotary values.
         scales_are_powers: whether the block scales are powers of two, which one f16 holds; others
             take two, or the logits would be off by as much as a scale's rounding.
+        parts: of 64 no-position values.
+        scale_columns: how many values have a scale in common.
+        stored_bytes: of a row's no-position values where they come from; the rest of `nope_bytes`
+            is padding.
+        rope_is_value: whether the rotary values are part of the attention value.
+        partner: how far apart the two columns of a word of a key fragment are: 1 or 4.
     """
 
     nope: Part
@@ -82,11 +119,26 @@ class RowFormat:
     dtype: str
     rope_dtype: str
     scales_are_powers: bool = True
+    parts: int = 8
+    scale_columns: int = 128
+    stored_bytes: int | None = None
+    rope_is_value: bool = False
+    partner: int = 1
+
+    @property
+    def width(self) -> int:
+        """Values of a row."""
+        return self.parts * COLUMNS + ROPE_DIM
 
     @property
     def block_scales(self) -> bool:
-        """Whether a row has a scale per 128 values."""
+        """Whether a row has scales."""
         return self.scale is not None
+
+    @property
+    def scales(self) -> int:
+        """How many a row has."""
+        return self.parts * COLUMNS // self.scale_columns
 
     @property
     def rope_is_swizzled(self) -> bool:
@@ -97,14 +149,90 @@ class RowFormat:
     def token_bytes(self) -> int:
         """Bytes kept for a row beside it.
 
-        Its bias; with block scales also its weight, its four relative scales in f16, and what
-        f16 leaves of them.
+        Its bias; with block scales also its weight, its relative scales in f16, and what f16
+        leaves of them.
         """
         if not self.block_scales:
             return 4
-        return 16 if self.scales_are_powers else 24
+        return 8 + (2 if self.scales_are_powers else 4) * self.scales
 
-    def address(self, thread: Thread, row: Value, half: Value) -> TileAddress:
+    def weight_offset(self, rows: int) -> int:
+        """Offset, beside `rows` rows, of the factor that takes the bias out of the weights."""
+        return 4 * rows
+
+    def relative_scale(self, group: int, rows: int) -> int:
+        """Offset of the rows' f16 scales of a group, in units of the row's power of two."""
+        return (8 + 2 * group) * rows
+
+    def scale_rest(self, group: int, rows: int) -> int:
+        """Offset of what f16 leaves of them, in f16."""
+        return (8 + 2 * self.scales + 2 * group) * rows
+
+    def load_scales(self, source: Value, thread: Thread) -> list[Value]:
+        """A row's scales, from the address of the first."""
+        return load_global(source, "rrrr")
+
+    def store_token(
+        self,
+        tokens: Value,
+        row: Value,
+        masked: Value,
+        scales: Sequence[Value],
+        thread: Thread,
+        rows: int,
+    ) -> None:
+        """Stores what is kept beside a row; lane i of a warp does it for its row i.
+
+        A row's scales are taken as 2^e times numbers below 2, where 2^e is its largest scale's
+        power of two. f16 holds the numbers, exactly if the scales are powers of two; e joins the
+        logits, so that weights P are relative to what they contribute, and f16 holds these too.
+
+        Args:
+            tokens: where they are kept for the stage.
+            row: of the stage.
+            masked: whether the row does not count.
+            scales: from `load_scales`.
+            thread: of the warpgroup that calls this.
+            rows: of the stage.
+        """
+        when(
+            thread.lane < rows // 4,
+            lambda: self._store_token(tokens, row, masked, scales, rows),
+        )
+
+    def _store_token(
+        self, tokens: Value, row: Value, masked: Value, scales: Sequence[Value], rows: int
+    ) -> None:
+        if not self.block_scales:
+            store_shared(tokens + row * 4, [select(masked, f32(-math.inf), f32(0.0))], BIAS)
+            return
+        top = scales[0] & 0x7F800000
+        for scale in scales[1:]:
+            exponent = scale & 0x7F800000
+            top = select(top < exponent, exponent, top)
+        inverse = self._store_power(tokens, row, masked, self._power(top), rows)
+        for group, scale in enumerate(scales):
+            relative = select(masked, f32(0.0), scale.as_f32() * inverse)
+            rounded = store_f16(tokens + row * 2, relative, self.relative_scale(group, rows))
+            if not self.scales_are_powers:
+                store_f16(tokens + row * 2, relative - rounded, self.scale_rest(group, rows))
+
+    def _power(self, top: Value) -> Value:
+        """The bits of a row's 2^e, from those of its largest scale's power of two."""
+        return select(top < SMALLEST_POWER, i32(SMALLEST_POWER), top)
+
+    def _store_power(
+        self, tokens: Value, row: Value, masked: Value, power: Value, rows: int
+    ) -> Value:
+        """Stores a row's bias and weight; 2^-e."""
+        inverse = (i32(254 << 23) - power).as_f32()
+        bias = int_to_float((power >> 23) - 127)
+        store_shared(tokens + row * 4, [select(masked, f32(-math.inf), bias)], BIAS)
+        weight = select(masked, f32(0.0), inverse)
+        store_shared(tokens + row * 4, [weight], self.weight_offset(rows))
+        return inverse
+
+    def address(self, thread: Thread, row: Value, half: int) -> TileAddress:
         """The thread's places; `half` is which 256 columns of values its warpgroup takes."""
         mix = swizzle(thread.quad)
         if self.dtype == "f16":
@@ -121,18 +249,18 @@ class RowFormat:
             mix = swizzle(token)
             if self.dtype == "f16":
                 chunk = (((thread.warp & 1) << 2) + (thread.quad >> 1)) ^ mix
-                window = (half << 1) + (thread.warp >> 1)
+                window = (thread.warp >> 1) + (half << 1)
                 within = (thread.quad & 1) << 3
             else:
                 chunk = thread.quad ^ mix
-                window = (half << 2) + thread.warp
+                window = thread.warp + (half << 2)
                 within = i32(0)
             places.append(token * self.nope_bytes + (window << 7) + (chunk << 4) + within)
         return TileAddress(keys, rope, (places[0], places[1]))
 
     def load_keys(self, tile: Value, address: TileAddress, part: int) -> list[list[Value]]:
-        """The words of 16 columns of two rows; part 8 is the rotary one, in its own tile."""
-        rope = part == PARTS
+        """The words of 16 columns of two rows; the last part is the rotary one, in its own tile."""
+        rope = part == self.parts
         place = tile + (address.rope_keys if rope else address.keys)
         row_bytes = self.rope_bytes if rope else self.nope_bytes
         if (self.rope_dtype if rope else self.dtype) == "f16":
@@ -148,6 +276,19 @@ class RowFormat:
             for r in range(2)
         ]
 
+    def load_key_factors(
+        self, tokens: Value, address: TileAddress, row: Value, part: int, rows: int
+    ) -> list[Value]:
+        """The factors that `key_fragments` takes, of formats with block scales."""
+        if part == self.parts:
+            offset = self.weight_offset(rows)
+            return [load_shared(tokens + row * 4, "r", offset + 32 * r)[0] for r in range(2)]
+        place, group = tokens + row * 2, COLUMNS * part // self.scale_columns
+        offsets = [self.relative_scale(group, rows)]
+        if not self.scales_are_powers:
+            offsets.append(self.scale_rest(group, rows))
+        return [load_f16_twice(place, offset + 16 * r) for offset in offsets for r in range(2)]
+
     def key_fragments(
         self, words: Sequence[Sequence[Value]], part: int, factors: Sequence[Value] | None
     ) -> list[Value]:
@@ -156,16 +297,16 @@ class RowFormat:
         `factors` are those of the two rows: for no-position values two f16, and what they leave
         of the factor if it is no power of two; for rotary values an f32 power of two.
         """
-        if (self.rope_dtype if part == PARTS else self.dtype) == "f16":
+        if (self.rope_dtype if part == self.parts else self.dtype) == "f16":
             pairs = [[half for word in row for half in e4m3_pairs(word)] for row in words]
         else:
             pairs = [list(row) for row in words]
         fragments = [row[k] for k in range(8) for row in pairs]
         if factors is None:
             return fragments
-        if part < PARTS and self.scales_are_powers:
+        if part < self.parts and self.scales_are_powers:
             return [multiply_f16(word, factors[i & 1]) for i, word in enumerate(fragments)]
-        if part < PARTS:
+        if part < self.parts:
             return [
                 fma_f16(word, factors[i & 1], multiply_f16(word, factors[2 + (i & 1)]))
                 for i, word in enumerate(fragments)
@@ -184,29 +325,47 @@ class RowFormat:
             for parity in range(2)
         ]
 
-    def value_fragments(
-        self, words: Sequence[Sequence[Value]], factors: Sequence[Value] | None
-    ) -> list[Value]:
-        """Four fragments, of columns 2i (upper rows) and 2i + 1 (lower rows) of the thread's 8.
+    def value_factors_at(self, tokens: Value, thread: Thread, half: int, rows: int) -> Value:
+        """Where the thread finds the factors of its values, beside the rows of a stage."""
+        groups = [self.relative_scale(2 * half + k, rows) for k in range(2)]
+        return tokens + select(thread.warp < 2, i32(groups[0]), i32(groups[1])) + thread.column * 4
 
-        `factors` are two pairs of f16, for the four rows.
+    def value_fragments(
+        self, stage: Stage, address: TileAddress, step: int, half: int, rows: int
+    ) -> list[Value]:
+        """V^T of 16 keys: a fragment for each tile of 64 columns.
+
+        Their columns are 2i (upper rows) and 2i + 1 (lower rows) of the thread's 8.
         """
+        words = self.load_values(stage.nope, address, step)
+        factors = self.load_value_factors(stage, address, step) if self.block_scales else None
         columns: list[list[Value]] = []
         for below in range(2):
-            first, second = words[2 * below], words[2 * below + 1]
-            pairs: list[Value] = []
-            for a, b in zip(first, second, strict=True):
-                if self.dtype == "f16":
-                    for selector in ("0x5140", "0x7362"):
-                        pairs += e4m3_pairs(permute(a, b, selector))
-                else:
-                    pairs += [permute(a, b, "0x5410"), permute(a, b, "0x7632")]
+            pairs = self.pair_rows(words[2 * below], words[2 * below + 1])
             if factors is not None:
                 pairs = [multiply_f16(pair, factors[below]) for pair in pairs]
             columns.append(pairs)
-        return [
-            columns[below][2 * i + row] for i in range(4) for below in range(2) for row in range(2)
-        ]
+        return fragments_of_columns(columns)
+
+    def load_value_factors(self, stage: Stage, address: TileAddress, step: int) -> list[Value]:
+        """Two pairs of f16, for the four rows of `load_values`."""
+        return [load_shared(stage.value_factors, "r", 32 * step + 16 * k)[0] for k in range(2)]
+
+    def pair_rows(self, first: Sequence[Value], second: Sequence[Value]) -> list[Value]:
+        """The words of two rows as eight pairs, of both rows' values of each column."""
+        pairs: list[Value] = []
+        for a, b in zip(first, second, strict=True):
+            if self.dtype == "f16":
+                for selector in ("0x5140", "0x7362"):
+                    pairs += e4m3_pairs(permute(a, b, selector))
+            else:
+                pairs += [permute(a, b, "0x5410"), permute(a, b, "0x7632")]
+        return pairs
+
+
+def fragments_of_columns(columns: Sequence[Sequence[Value]]) -> list[Value]:
+    """Four fragments from eight pairs of two rows, and from those of the rows 8 below."""
+    return [columns[below][2 * i + row] for i in range(4) for below in range(2) for row in range(2)]
 
 
 def e4m3_pairs(word: Value) -> list[Value]:
@@ -220,8 +379,10 @@ def e4m3_pairs(word: Value) -> list[Value]:
     )
 
 
-def permute(a: Value, b: Value, selector: str) -> Value:
+def permute(a: Value, b: Value, selector: str | Value) -> Value:
     """Four bytes chosen from eight."""
+    if isinstance(selector, Value):
+        return ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, out="r", pure=True)[0]
     return ptx(f"prmt.b32 $0, $1, $2, {selector};", a, b, out="r", pure=True)[0]
 
 

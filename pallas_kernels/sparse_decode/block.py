@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_global, shared_address
-from pallas_kernels.device.row_formats import PARTS, TILE, RowFormat
+from pallas_kernels.device.row_formats import TILE, Part, RowFormat, Stage
 from pallas_kernels.device.simt import (
     Thread,
     Value,
@@ -81,12 +81,14 @@ def shared_bytes(row_format: RowFormat, tuning: Tuning) -> dict[str, int]:
     rows = tuning.stages * tuning.rows
     sizes = {
         "nope": rows * row_format.nope_bytes,
-        # Also the weights P of the rows, once their rotary values have been used.
+        # Also the weights P of the rows, once their rotary values have been used: as keys only.
         "rope": rows * wgmma.ROW_BYTES,
         "tokens": rows * row_format.token_bytes,
-        "query": tuning.heads * wgmma.ROW_BYTES * (PARTS + 1),
+        "query": tuning.heads * wgmma.ROW_BYTES * (row_format.parts + 1),
         "small": SmallMemory.of(tuning).size,
     }
+    if row_format.rope_is_value:
+        sizes["weights"] = rows * wgmma.ROW_BYTES
     total = sum(math.ceil(size / 1024) * 1024 for size in sizes.values())
     if total > SHARED_BYTES:
         raise ValueError(f"{tuning=} needs {total} bytes of shared memory: {SHARED_BYTES=}")
@@ -121,6 +123,7 @@ class Block:
         self.nope, self.rope, self.tokens, self.query, self.small = (
             shared_address(shared[name]) for name in ("nope", "rope", "tokens", "query", "small")
         )
+        self.weights = shared_address(shared["weights"]) if "weights" in shared else self.rope
 
         def barriers(offset: int, count: int) -> Barriers:
             return Barriers(self.small + offset, count)
@@ -176,23 +179,23 @@ class Block:
         """Bytes that a stage keeps beside its rows."""
         return self.tuning.rows * self.format.token_bytes
 
-    @property
-    def bias(self) -> int:
-        """Offset there of a logarithm added to each row's logits; -inf masks the row."""
-        return 0
+    def stage(self, slot: Value, value_factors: Value) -> Stage:
+        """The stage in a slot of the ring; `value_factors` are those of the first slot."""
+        token_bytes = slot * self.token_bytes
+        return Stage(
+            self.nope + slot * self.tile_bytes,
+            self.rope + slot * self.weight_bytes,
+            self.tokens + token_bytes,
+            value_factors + token_bytes,
+        )
 
-    @property
-    def weight(self) -> int:
-        """Offset of the factor that takes it out of the weights again."""
-        return 4 * self.tuning.rows
-
-    def relative_scale(self, group: int) -> int:
-        """Offset of the rows' f16 scales of 128 columns, in units of the row's power of two."""
-        return (8 + 2 * group) * self.tuning.rows
-
-    def scale_rest(self, group: int) -> int:
-        """Offset of what f16 leaves of them, in f16."""
-        return (16 + 2 * group) * self.tuning.rows
+    def row_offset(self, part: Part, slot: Value) -> Value:
+        """Bytes from the part of the first row to that of the row in `slot`, at least 0; wide."""
+        if self.shape.pages is None:
+            return slot.wide() * part.stride
+        size, page_bytes = self.shape.pages
+        place = (slot % size).wide() * part.stride + size * part.behind
+        return (slot // size).wide() * page_bytes + place
 
     def row_in_stage(self) -> Value:
         """The upper of the two keys whose logits this thread has."""

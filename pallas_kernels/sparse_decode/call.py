@@ -32,21 +32,32 @@ class KeyList(NamedTuple):
         arrays: the cache, as the format names its arrays.
         indices: int32 [n, topk], slots; any slot outside the cache is masked.
         lengths: int32 [n], how many of a query's slots count, or None for all.
+        page_size: slots of a page, for formats whose array is one of pages [pages, bytes].
     """
 
     format: str
     arrays: Mapping[str, Array]
     indices: Int[Array, "n topk"]
     lengths: Int[Array, " n"] | None
+    page_size: int | None = None
 
     @property
     def num_slots(self) -> int:
         """Rows of the cache."""
-        return int(self.arrays[FORMATS[self.format].nope.array].shape[0])
+        return self._rows_array.shape[0] * (self.page_size or 1)
+
+    @property
+    def pages(self) -> tuple[int, int] | None:
+        """See `Shape.pages`."""
+        return (self.page_size, self._rows_array.shape[1]) if self.page_size else None
+
+    @property
+    def _rows_array(self) -> Array:
+        return self.arrays[FORMATS[self.format].nope.array]
 
 
 def sparse_decode(
-    q: BFloat16[Array, "n h 576"],
+    q: BFloat16[Array, "n h width"],
     lists: Sequence[KeyList],
     *,
     sm_scale: float | Float[Array, ""],
@@ -56,7 +67,7 @@ def sparse_decode(
     """Attention of `n` queries to the keys of all lists.
 
     Args:
-        q: bf16 [n, h, 576]; n and h at least 1.
+        q: bf16 [n, h, width], of the lists' formats; n and h at least 1.
         lists: one or more.
         sm_scale: factor on the logits.
         attn_sink: f32 [h], the logit of a key of value zero, or None.
@@ -82,6 +93,7 @@ def sparse_decode(
             has_lengths=each.lengths is not None,
             has_sink=final and attn_sink is not None,
             has_scale="scale" in each.arrays,
+            pages=each.pages,
         )
         operands = {"q": q, "indices": each.indices, "sm_scale": scale, **each.arrays}
         if "scale" in operands:

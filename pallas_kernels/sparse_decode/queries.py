@@ -1,17 +1,16 @@
 """The query in shared memory, as the right operand of the first product."""
 
 import math
+from collections.abc import Callable
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_global, store_shared
-from pallas_kernels.device.row_formats import PARTS, pack_bf16, pack_f16
+from pallas_kernels.device.row_formats import ROPE_DIM, pack_bf16, pack_f16
 from pallas_kernels.device.simt import Value, f32, i32, minimum, ptx, select, when
 from pallas_kernels.device.sync import proxy_fence
 from pallas_kernels.sparse_decode.block import CONSUMER_WARPS, Block, head_place
 
-WIDTH_BYTES = 2 * 576
-LANES_BYTES = 16
-PIECES = WIDTH_BYTES // LANES_BYTES
+PIECE = 8  # values that a lane takes at a time
 TOP_EXPONENT = 14  # a head's largest value is below 2^15, near the end of f16
 NO_LOGIT = -1e30  # a reference below every logit
 INFINITY_BITS = 0x7F80
@@ -37,12 +36,14 @@ def load_query(block: Block, warpgroup: int) -> None:
 
 def _load_head(block: Block, head: Value) -> list[list[Value]]:
     """This lane's pieces of 8 values; zeros for a head that does not exist."""
+    width_bytes, count = 2 * block.format.width, block.format.width // PIECE
     number = block.first_head + head
     exists = (head < block.tuning.heads) & (number < block.shape.heads)
     row = block.row.wide() * block.shape.heads + select(exists, number, i32(0)).wide()
-    source = global_address(block.arrays["q"]) + row * WIDTH_BYTES
-    pieces = [minimum(block.thread.lane + 32 * k, PIECES - 1) for k in range(3)]
-    words = [load_global(source + (piece * LANES_BYTES).wide(), "rrrr") for piece in pieces]
+    source = global_address(block.arrays["q"]) + row * width_bytes
+    rounds = math.ceil(count / 32)
+    pieces = [minimum(block.thread.lane + 32 * k, count - 1) for k in range(rounds)]
+    words = [load_global(source + (piece * (2 * PIECE)).wide(), "rrrr") for piece in pieces]
     return [[select(exists, word, i32(0)) for word in piece] for piece in words]
 
 
@@ -52,16 +53,23 @@ def _store_head(block: Block, head: Value, words: list[list[Value]]) -> None:
         up, down = _powers(words)
 
     def store() -> None:
+        row_format = block.format
+        first_rope, end = row_format.width // PIECE - ROPE_DIM // PIECE, row_format.width // PIECE
         for k, piece in enumerate(words):
             place = block.thread.lane + 32 * k
-            if k < 2:
-                _store_piece(block, head, place, piece, up, block.format.dtype)
-            else:  # what is left for the first lanes is the rotary part
 
-                def store_rope(place: Value = place, piece: list[Value] = piece) -> None:
-                    _store_piece(block, head, place, piece, up, block.format.rope_dtype)
+            def store_as(
+                dtype: str, place: Value = place, piece: list[Value] = piece
+            ) -> Callable[[], None]:
+                return lambda: _store_piece(block, head, place, piece, up, dtype)
 
-                when(place < PIECES, store_rope)
+            if 32 * (k + 1) <= first_rope:
+                store_as(row_format.dtype)()
+                continue
+            if 32 * k < first_rope:
+                when(place < first_rope, store_as(row_format.dtype))
+            rotary = place < end if 32 * k >= first_rope else place >= first_rope
+            when(rotary, store_as(row_format.rope_dtype))
         when(block.thread.lane.equals(0), lambda: _store_constants(block, head, down))
 
     when(head < block.tuning.heads, store)
@@ -89,9 +97,18 @@ def _store_piece(
     pack = pack_f16 if dtype == "f16" else pack_bf16
     for i, word in enumerate(words):
         if block.format.dtype == "f16":
-            word = pack((word << 16).as_f32() * up, (word & -65536).as_f32() * up)
+            first = 2 * i if block.format.partner == 1 else i
+            pair = (first, first + block.format.partner)
+            low, high = (_widened(words, column) * up for column in pair)
+            word = pack(low, high)
         chunk = ((piece & 1) << 2) + i
         store_shared(tile + ((chunk ^ (head & 7)) << 4), [word])
+
+
+def _widened(words: list[Value], i: int) -> Value:
+    """The i-th bf16 of some words, as a float."""
+    word = words[i // 2]
+    return ((word & -65536) if i % 2 else (word << 16)).as_f32()
 
 
 def _store_constants(block: Block, head: Value, down: Value) -> None:
@@ -101,6 +118,3 @@ def _store_constants(block: Block, head: Value, down: Value) -> None:
     place = block.small + head_place(head, block.tuning.heads)
     store_shared(place, [scale * math.log2(math.e) * down], block.memory.scale)
     store_shared(place, [f32(NO_LOGIT)], block.memory.reference)
-
-
-assert PIECES == 8 * (PARTS + 1)

@@ -1,8 +1,7 @@
 """The warpgroup of the logits and their softmax."""
 
 from pallas_kernels.device import wgmma
-from pallas_kernels.device.memory import load_f16_twice, load_shared
-from pallas_kernels.device.row_formats import PARTS, TileAddress
+from pallas_kernels.device.row_formats import TileAddress
 from pallas_kernels.device.simt import Value, f32, i32, loop, opaque
 from pallas_kernels.device.sync import Ring
 from pallas_kernels.sparse_decode.block import Block
@@ -15,7 +14,7 @@ def scores(block: Block) -> None:
     load_query(block, 0)
     first, last = block.key_blocks(block.length())
     softmax = Softmax(block)
-    address = block.format.address(block.thread, block.row_in_stage(), i32(0))
+    address = block.format.address(block.thread, block.row_in_stage(), 0)
     query = wgmma.descriptor(block.query)
     block.query_ready.wait(0, i32(0))
 
@@ -46,20 +45,13 @@ def _logits(
     nope, rope = block.nope + slot * block.tile_bytes, block.rope + slot * block.weight_bytes
     tokens = block.tokens + slot * block.token_bytes
 
+    last = row_format.parts  # the rotary part
+
     def load(part: int) -> list[list[Value]]:
-        words = row_format.load_keys(rope if part == PARTS else nope, address, part)
-        if row_format.block_scales and part == PARTS:
-            inverse = [
-                load_shared(tokens + softmax.row * 4, "r", block.weight + 32 * r)[0]
-                for r in range(2)
-            ]
-            words.append(inverse)
-        elif row_format.block_scales:
-            place = tokens + softmax.row * 2
-            offsets = [block.relative_scale(part // 2)]
-            if not row_format.scales_are_powers:
-                offsets.append(block.scale_rest(part // 2))
-            words.append([load_f16_twice(place, o + 16 * r) for o in offsets for r in range(2)])
+        words = row_format.load_keys(rope if part == last else nope, address, part)
+        if row_format.block_scales:
+            rows = block.tuning.rows
+            words.append(row_format.load_key_factors(tokens, address, softmax.row, part, rows))
         return words
 
     def decode(words: list[list[Value]], part: int) -> list[Value]:
@@ -70,7 +62,7 @@ def _logits(
     words = load(1) if eager else []
     acc = [f32(0.0)] * (block.tuning.heads // 2)
     operands = None
-    for part in range(PARTS + 1):
+    for part in range(last + 1):
         if part:
             fragments = wgmma.begin(fragments)
         else:
@@ -78,11 +70,11 @@ def _logits(
             fragments, acc = fenced[:16], fenced[16:]
         for k in range(4):
             b = query + ((part * block.tuning.heads * wgmma.ROW_BYTES + 32 * k) >> 4)
-            dtype = row_format.rope_dtype if part == PARTS else row_format.dtype
+            dtype = row_format.rope_dtype if part == last else row_format.dtype
             acc = wgmma.step(acc, fragments[4 * k : 4 * k + 4], b, dtype=dtype, b_is_k_major=True)
         wgmma.commit()
-        if part < PARTS:
-            following = load(part + 2 if eager else part + 1) if part + eager < PARTS else []
+        if part < last:
+            following = load(part + 2 if eager else part + 1) if part + eager < last else []
             if part:
                 wgmma.wait(1, [])
             fragments = decode(words if eager else following, part + 1)

@@ -11,7 +11,7 @@ from pallas_kernels.device.memory import (
     store_global,
     store_shared,
 )
-from pallas_kernels.device.row_formats import pack_bf16, pack_f16
+from pallas_kernels.device.row_formats import BIAS, pack_bf16, pack_f16
 from pallas_kernels.device.simt import (
     WARPGROUP,
     Value,
@@ -51,10 +51,11 @@ class Operands:
     def __init__(self, softmax: "Softmax", slot: Value) -> None:
         block = softmax.block
         rows = block.tokens + slot * block.token_bytes + softmax.row * 4
-        self.bias = [load_shared(rows, "f", block.bias + 32 * r)[0] for r in range(2)]
+        self.bias = [load_shared(rows, "f", BIAS + 32 * r)[0] for r in range(2)]
         self.weight = None
         if block.format.block_scales:
-            self.weight = [load_shared(rows, "f", block.weight + 32 * r)[0] for r in range(2)]
+            offset = block.format.weight_offset(block.tuning.rows)
+            self.weight = [load_shared(rows, "f", offset + 32 * r)[0] for r in range(2)]
         self.scale = softmax.columns_at(block.memory.scale)
         self.reference = softmax.columns_at(block.memory.reference)
 
@@ -113,7 +114,7 @@ class Softmax:
         sums, reference = done[: self.kept], done[self.kept :]
 
         pack = pack_f16 if block.format.dtype == "f16" else pack_bf16
-        place = block.rope + own_slot * block.weight_bytes + self.row * wgmma.ROW_BYTES
+        place = block.weights + own_slot * block.weight_bytes + self.row * wgmma.ROW_BYTES
         totals: list[Value] = []
         for v in range(self.heads // 8):
             p = [exp2(logits[4 * v + i] - reference[2 * v + (i & 1)]) for i in range(4)]

@@ -53,6 +53,7 @@ class Shape:
         has_lengths: whether each query has a length of its own.
         has_sink: whether each head has a sink; for final results only.
         has_scale: whether the cache has one scale for all of its values.
+        pages: the slots and the bytes of a page, if rows lie in pages, or None.
     """
 
     n: int
@@ -64,6 +65,7 @@ class Shape:
     has_lengths: bool
     has_sink: bool
     has_scale: bool
+    pages: tuple[int, int] | None
 
     @property
     def blocks(self) -> int:
@@ -82,6 +84,10 @@ def tuning_for(row_format: RowFormat, heads: int) -> Tuning:
         if heads == 64:
             return Tuning(64, 4, 32, (120, 176, 40), eager=False)
         return Tuning(heads, 5, 32, (128, 152, 80), eager=True)
+    if row_format.nope_bytes < 512:
+        if heads == 64:
+            return Tuning(64, 5, 64, (112, 176, 48), eager=False)
+        return Tuning(heads, 6, 64, (128, 152, 80), eager=True)
     if heads == 64:
         return Tuning(64, 3, 64, (120, 176, 40), eager=False)
     return Tuning(heads, 4, 64, (128, 152, 80), eager=True)

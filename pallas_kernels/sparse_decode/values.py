@@ -3,7 +3,7 @@
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_shared, store_global
 from pallas_kernels.device.row_formats import RANK, pack_bf16
-from pallas_kernels.device.simt import Value, branch, f32, i32, loop, opaque, select, when
+from pallas_kernels.device.simt import Value, branch, f32, i32, loop, opaque, when
 from pallas_kernels.device.sync import Ring
 from pallas_kernels.sparse_decode.block import Block
 from pallas_kernels.sparse_decode.queries import load_query
@@ -36,12 +36,13 @@ class _Accumulator:
         self.block, self.thread, self.half = block, block.thread, half
         self.heads = block.tuning.heads
         self.size = self.heads // 2
-        self.address = block.format.address(block.thread, block.row_in_stage(), i32(half))
+        self.address = block.format.address(block.thread, block.row_in_stage(), half)
         self.steps = STEPS // block.pieces
+        self.factors = block.tokens
         if block.format.block_scales:
-            groups = [block.relative_scale(2 * half + k) for k in range(2)]
-            offset = select(block.thread.warp < 2, i32(groups[0]), i32(groups[1]))
-            self.scales = block.tokens + offset + block.thread.column * 4
+            self.factors = block.format.value_factors_at(
+                block.tokens, block.thread, half, block.tuning.rows
+            )
 
     def add(self, acc: list[Value], pieces: list[Ring]) -> list[Value]:
         """The accumulator with a block of keys, whose stages it releases."""
@@ -59,7 +60,8 @@ class _Accumulator:
 
         acc = self._decayed(acc, pieces[0].slot)
         weights = [
-            opaque(wgmma.descriptor(block.rope + ring.slot * block.weight_bytes)) for ring in pieces
+            opaque(wgmma.descriptor(block.weights + ring.slot * block.weight_bytes))
+            for ring in pieces
         ]
         for step in range(STEPS):
             fenced = wgmma.begin([*fragments, *acc])
@@ -83,13 +85,9 @@ class _Accumulator:
         """V^T of 16 keys: a fragment for each tile."""
         block = self.block
         ring, step = pieces[step // self.steps], step % self.steps
-        tile = block.nope + ring.slot * block.tile_bytes
-        words = block.format.load_values(tile, self.address, step)
-        factors = None
-        if block.format.block_scales:
-            place = self.scales + ring.slot * block.token_bytes
-            factors = [load_shared(place, "r", 32 * step + 16 * k)[0] for k in range(2)]
-        return block.format.value_fragments(words, factors)
+        stage = block.stage(ring.slot, self.factors)
+        rows = block.tuning.rows
+        return block.format.value_fragments(stage, self.address, step, self.half, rows)
 
     def _decayed(self, acc: list[Value], slot: Value) -> list[Value]:
         """The accumulator relative to the references that this block of keys has raised."""

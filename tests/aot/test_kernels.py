@@ -78,6 +78,7 @@ def assert_good(said: list[str]) -> None:
         (BLOCK, {"scale_format": "pow2", "in_place": True}),
         (BLOCK, {"scale_format": "fp32", "in_place": True}),
         (KVLayout.FP8_NOPE_FP8_ROPE, {}),
+        (KVLayout.FP4, {}),
         (KVLayout.BF16, {}),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 from jmla.layouts import (
     BF16Rows,
     BlockScaleRows,
+    FP4Rows,
     FP8Rows,
     KVLayout,
     PackedBlockScaleRows,
@@ -32,6 +33,7 @@ SCALED_FP8: Format = (KVLayout.FP8_NOPE_FP8_ROPE, {"scale": 0.0173})
 POW2: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "pow2"})
 FP32: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"})
 FORMATS = (POW2, FP32, SCALED_FP8, BF16)
+FP4: Format = (KVLayout.FP4, {})
 PACKED_POW2: Format = (POW2[0], POW2[1] | {"in_place": True})
 PACKED_FP32: Format = (FP32[0], FP32[1] | {"in_place": True})
 
@@ -76,6 +78,8 @@ def exact_latents(rows: Rows) -> np.ndarray:
             wide = np.repeat(np.asarray(scales).astype(np.float64), BLOCK_SCALE_TILE, axis=-1)
             nope64 = np.asarray(nope).astype(np.float64) * wide
             return np.concatenate([nope64, np.asarray(rope).astype(np.float64)], axis=-1)
+        case FP4Rows() as fp4:  # exact in bf16: two bits times a power of two
+            return np.asarray(fp4.dequantize()).astype(np.float64)
         case PackedBlockScaleRows() as packed:
             return exact_latents(packed.unpacked())
     raise AssertionError(f"{rows.layout=} has no exact latents here")

@@ -11,11 +11,12 @@ import pytest
 import jmla
 from jmla import _mosaic_decode, attention
 from jmla.attention import dense_decode, sparse_decode, sparse_prefill
-from jmla.layouts import BF16Rows, KVLayout, Rows, from_bytes, quantize
+from jmla.layouts import BF16Rows, FP4Rows, KVLayout, Rows, from_bytes, quantize
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
 from tests.attention.exact import (
     BF16,
     FORMATS,
+    FP4,
     FP8,
     PACKED_FP32,
     PACKED_POW2,
@@ -29,7 +30,7 @@ from tests.helpers import assert_close
 
 kernels = pytest.importorskip("pallas_kernels.sparse_decode", reason="needs Pallas for GPUs")
 
-EVERY_FORMAT = (*FORMATS, FP8, PACKED_POW2, PACKED_FP32)
+EVERY_FORMAT = (*FORMATS, FP8, FP4, PACKED_POW2, PACKED_FP32)
 SINK = jnp.array([0.5, -jnp.inf, jnp.inf], jnp.float32)
 
 
@@ -59,6 +60,8 @@ def stand_in(q, lists, *, sm_scale, attn_sink, num_splits):
 
 def _latents(each: Any) -> jax.Array:
     arrays = each.arrays
+    if each.format == "fp4":
+        return FP4Rows(**arrays, rank=512, rope_dim=64).dequantize().astype(jnp.float32)
     if each.format.startswith("packed"):
         rows = from_bytes(arrays["packed"], POW2[0])
         arrays = {name: getattr(rows, name) for name in rows.token_leaves}
@@ -96,7 +99,7 @@ def test_the_kernel_reads_what_the_table_says():
     formats = {_mosaic_decode.format_name(rows_of(form, 0, 1)) for form in EVERY_FORMAT}
     assert formats == set(kernels.FORMATS)
     assert (kernels.RANK, kernels.ROPE_DIM) == (_mosaic_decode.RANK, _mosaic_decode.ROPE_DIM)
-    layouts = {form[0] for form in FORMATS}
+    layouts = {form[0] for form in EVERY_FORMAT}
     assert layouts == set(_mosaic_decode.LAYOUTS)
     for layout in KVLayout:
         refused = _mosaic_decode.layout_reasons(layout, 512, 64)
@@ -216,8 +219,6 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
     sparse_prefill(q[:, 0], rows, indices[:, 0], sm_scale=SCALE)
     dense_decode(q, rows, indices[:, 0], jnp.ones(2, jnp.int32), sm_scale=SCALE)
     sparse_decode(q[:0], rows, indices[:0], sm_scale=SCALE)
-    other = quantize(random_rows(1, 3, 7, rank=512).latents, KVLayout.FP4, rank=512)
-    sparse_decode(q, other, indices, sm_scale=SCALE)
     small = random_rows(1, 3, 7)
     sparse_decode(q[..., :192], small, indices, sm_scale=SCALE)
     empty = BF16Rows(jnp.zeros((0, 576), jnp.bfloat16), rank=512, rope_dim=64)
@@ -225,7 +226,7 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("layout", [*_mosaic_decode.LAYOUTS, KVLayout.FP4])
+@pytest.mark.parametrize("layout", [*_mosaic_decode.LAYOUTS, KVLayout.FP8_V4])
 def test_a_plans_decode_reaches_the_kernel(calls, monkeypatch, layout: KVLayout):
     monkeypatch.setattr(attention, "_on_hopper", lambda: True)
     config = jmla.Config(num_heads=3, sm_scale=0.1, layout=layout, platform="sm_90")
@@ -258,13 +259,12 @@ def test_every_reason_against_the_kernel_is_told():
     assert "rows: the mosaic_gpu kernel does not read FP8_V4; it reads BF16" in text
     assert "512 + 64 values only, and these have 448 + 64" in text
     assert "implementation=None" in text
-    fp4 = quantize(jnp.zeros((3, 576)), KVLayout.FP4, rank=512)
-    text = reasons_of(rows, extra_rows=fp4, extra_indices=indices)
-    assert "extra_rows: the mosaic_gpu kernel does not read FP4" in text
+    empty = BF16Rows(jnp.zeros((0, 64, 576), jnp.bfloat16), rank=512, rope_dim=64)
+    text = reasons_of(rows, extra_rows=empty, extra_indices=indices)
+    assert "extra_rows: the mosaic_gpu kernel expects at least one slot: " in text
     assert "; rows:" not in text and ": rows:" not in text
     text = reasons_of(rows, q=Q(0, 0, 1, 3), indices=indices[:0])
     assert "q.shape=(0, 1, 3, 576): the mosaic_gpu kernel expects at least one query" in text
-    empty = BF16Rows(jnp.zeros((0, 64, 576), jnp.bfloat16), rank=512, rope_dim=64)
     assert "at least one slot: cache.shape=(0, 64)" in reasons_of(empty)
 
 
