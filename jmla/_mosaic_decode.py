@@ -18,15 +18,13 @@ from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
+from jmla.layouts.paged_v4 import PagedV4Rows
+from jmla.layouts.v4 import V4Rows
 
 PLATFORM = "sm_90"
-RANK, ROPE_DIM = 512, 64
-LAYOUTS = (
-    KVLayout.BF16,
-    KVLayout.FP8_NOPE_FP8_ROPE,
-    KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE,
-    KVLayout.FP4,
-)
+ROPE_DIM = 64
+LAYOUTS = tuple(KVLayout)
+COPIED_BYTES = 16  # that the kernel copies at once, from where a multiple of them begins
 
 
 class _Queries(NamedTuple):
@@ -73,22 +71,23 @@ def unsupported_reasons(
         problems = layout_reasons(cache.layout, cache.rank, cache.rope_dim)
         if cache.num_slots == 0:
             problems.append(f"the mosaic_gpu kernel expects at least one slot: {cache.shape=}")
+        if isinstance(cache, PagedV4Rows) and cache.packed.shape[-1] % COPIED_BYTES:
+            problems.append(
+                f"the mosaic_gpu kernel expects a stride of pages that is a multiple of "
+                f"{COPIED_BYTES} bytes: {cache.packed.shape=}"
+            )
         reasons += [f"{name}: {problem}" for problem in problems]
     return reasons
 
 
 def layout_reasons(layout: KVLayout, rank: int, rope_dim: int) -> list[str]:
     """Why the kernel cannot read a cache of this layout and these sizes; empty if it can."""
-    reasons = []
-    if layout not in LAYOUTS:
-        readable = ", ".join(each.name for each in LAYOUTS)
-        reasons.append(f"the mosaic_gpu kernel does not read {layout.name}; it reads {readable}")
-    if (rank, rope_dim) != (RANK, ROPE_DIM):
-        reasons.append(
-            f"the mosaic_gpu kernel reads latents of {RANK} + {ROPE_DIM} values only, and these "
-            f"have {rank} + {rope_dim}"
-        )
-    return reasons
+    if (rank, rope_dim) == (layout.default_rank, ROPE_DIM):
+        return []
+    return [
+        f"the mosaic_gpu kernel reads {layout.name} latents of {layout.default_rank} + {ROPE_DIM} "
+        f"values only, and these have {rank} + {rope_dim}"
+    ]
 
 
 def sparse_decode(
@@ -204,6 +203,7 @@ def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Resu
             arrays=_arrays(cache),
             indices=indices,
             lengths=lengths,
+            page_size=cache.page_size if isinstance(cache, PagedV4Rows) else None,
         )
         for cache, indices, lengths in zip(
             shared.caches, queries.indices, queries.lengths, strict=True
@@ -225,13 +225,17 @@ def format_name(rows: Rows) -> str:
             return "bf16"
         case FP4Rows():
             return "fp4"
+        case V4Rows():
+            return "v4"
+        case PagedV4Rows():
+            return "paged_v4"
         case FP8Rows():
             return "fp8"
         case BlockScaleRows():
             return f"block_scale_{rows.scale_format}"
         case PackedBlockScaleRows():
             return f"packed_block_scale_{rows.scale_format}"
-    raise AssertionError(f"{rows.layout=}: layout_reasons lets {LAYOUTS} through")
+    raise AssertionError(f"{type(rows)=}: expected rows of one of {LAYOUTS}")
 
 
 def _arrays(rows: Rows) -> dict[str, Array]:

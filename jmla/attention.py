@@ -20,12 +20,11 @@ What all of them share:
   (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch around
   it nor on the number of heads, but for the last bit of lse on a GPU.
 - `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0), of sparse decode alone: of one or
-  two caches in the layouts BF16, FP8_NOPE_FP8_ROPE and FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, with
-  latents of 512 + 64 values. It reads FP8 values as they are stored, without rounding them to bf16
-  on the way. With `num_splits` given, a row's bits depend neither on the batch nor on the number of
-  heads; None chooses by the shapes. It has no gradient. A call that it does not serve raises
-  NotImplementedError with every reason. Any machine can trace and lower it, to compile it ahead of
-  time; it compiles for Hopper only.
+  two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64). It reads FP8 and FP4
+  values as they are stored, without rounding them to bf16 on the way. With `num_splits` given, a
+  row's bits depend neither on the batch nor on the number of heads; None chooses by the shapes. It
+  has no gradient. A call that it does not serve raises NotImplementedError with every reason. Any
+  machine can trace and lower it, to compile it ahead of time; it compiles for Hopper only.
 - `"reference"` is `jmla.reference`.
 - None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
   kernel serves the call, and `"xla"` otherwise.

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 
-from jmla._mosaic_decode import RANK, ROPE_DIM
+from jmla._mosaic_decode import ROPE_DIM
 from jmla.backends import (
     BACKENDS,
     DEFAULTS,
@@ -42,8 +42,9 @@ What the cells say:
 - **PAGED**: selected positions become slots of the cache. **RAGGED**: they become rows of the
   gathered buffer. **page table**: dense attention to every token, no selection.
 - **kernels**: where a device kernel runs, over which of the layouts, for latents of
-  {RANK} + {ROPE_DIM} values. It reads the stored rows in place, also where the cell says gather.
-  The rest runs on XLA."""
+  {KVLayout.BF16.default_rank} + {ROPE_DIM} values, of `FP8_V4` \
+{KVLayout.FP8_V4.default_rank} + {ROPE_DIM}. It reads the stored rows in place, also
+  where the cell says gather. The rest runs on XLA."""
 
 _AUTO = """\
 `flashmla_auto` stands for `flashmla_sparse` or `flashmla_kv`, by layout, platform and sinks alone:

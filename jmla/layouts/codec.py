@@ -12,6 +12,7 @@ from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
+from jmla.layouts.paged_v4 import PagedV4Rows
 from jmla.layouts.v4 import V4Rows
 
 
@@ -136,8 +137,9 @@ def from_bytes(
         page_size: tokens in a page, for FP8_V4 alone, where it is required.
         scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
         in_place: the rows hold `packed` itself and are unpacked as they are read, so that a cache
-            that another engine keeps is never copied. For the block-scale layout alone; the rows
-            of BF16 and FP8_NOPE_FP8_ROPE are one array in either form.
+            that another engine keeps is never copied. For the block-scale layout, and for FP8_V4,
+            whose rows stay in their pages; the rows of BF16 and FP8_NOPE_FP8_ROPE are one array in
+            either form.
 
     Raises:
         ValueError: not u8, a last axis of another length, or arguments that are not the layout's.
@@ -146,12 +148,14 @@ def from_bytes(
         layout, (0,), rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
     )
     if in_place:
+        if isinstance(form, V4Rows):
+            return PagedV4Rows.like(form, packed, page_size)
         check_unpaged(layout, page_size)
-        if not isinstance(form, BlockScaleRows):
-            raise ValueError(
-                f"{in_place=}: expected False for {layout.name}, which has no rows that stay packed"
-            )
-        return PackedBlockScaleRows.like(form, packed)
+        if isinstance(form, BlockScaleRows):
+            return PackedBlockScaleRows.like(form, packed)
+        raise ValueError(
+            f"{in_place=}: expected False for {layout.name}, which has no rows that stay packed"
+        )
     return form.unpack(packed, page_size=page_size)
 
 
@@ -185,7 +189,7 @@ def convert(
     rows.check()
     if slots is not None:
         rows = rows.gather(slots)
-    if isinstance(rows, PackedBlockScaleRows):
+    if isinstance(rows, PackedBlockScaleRows | PagedV4Rows):
         rows = rows.unpacked()
     if isinstance(rows, BlockScaleRows):
         scale_format = scale_format or rows.scale_format

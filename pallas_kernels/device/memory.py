@@ -41,6 +41,11 @@ def load_global(address: Value, out: str, offset: int = 0, cache: str = ".nc") -
     )
 
 
+def load_global_byte(address: Value, offset: int = 0) -> Value:
+    """A byte of global memory that no thread writes meanwhile, as a word."""
+    return ptx(f"ld.global.nc.u8 $0, [$1+{offset}];", address, out="r")[0]
+
+
 def store_global(address: Value, values: Sequence[Value], offset: int = 0) -> None:
     """Stores 1, 2 or 4 words of 32 bits."""
     kind = "f" if values[0].is_float else "r"

@@ -250,6 +250,20 @@ def branch(
     return [Value(result) for result in op.results]
 
 
+def either(
+    condition: Value,
+    words: int,
+    body: Callable[[], Sequence[Value]],
+    other: Callable[[], Sequence[Value]],
+) -> list[Value]:
+    """The i32 words of `body()` where the condition holds, else those of `other()`."""
+    op = scf.IfOp(condition.ir, [i32_type()] * words, has_else=True)
+    for block, emit in ((op.then_block, body), (op.else_block, other)):
+        with ir.InsertionPoint(block):
+            scf.yield_([value.ir for value in emit()])
+    return [Value(result) for result in op.results]
+
+
 @dataclasses.dataclass(frozen=True)
 class Thread:
     """Where a thread is in its warpgroup of four warps.

@@ -84,6 +84,10 @@ def tuning_for(row_format: RowFormat, heads: int) -> Tuning:
         if heads == 64:
             return Tuning(64, 4, 32, (120, 176, 40), eager=False)
         return Tuning(heads, 5, 32, (128, 152, 80), eager=True)
+    if row_format.rope_is_value:
+        if heads == 64:
+            return Tuning(64, 3, 64, (120, 176, 40), eager=False)
+        return Tuning(heads, 4 if heads == 16 else 3, 64, (128, 152, 80), eager=True)
     if row_format.nope_bytes < 512:
         if heads == 64:
             return Tuning(64, 5, 64, (112, 176, 48), eager=False)

@@ -26,16 +26,20 @@ from jmla.layouts import from_bytes, to_bytes, zero_rows
 from tests.aot.h200 import bytes_of, on_h200
 
 layout, options, shapes = json.loads(sys.argv[1])
-in_place = options.pop("in_place", False)
+in_place, paged = options.pop("in_place", False), {}
+if "page_size" in options:
+    paged = {"page_size": options.pop("page_size")}
 
 def cache():
     rows = zero_rows(KVLayout[layout], (4096, 64), **options)
-    return from_bytes(to_bytes(rows), rows.layout, in_place=True, **options) if in_place else rows
+    if in_place:
+        return from_bytes(to_bytes(rows), rows.layout, in_place=True, **options, **paged)
+    return rows
 
 rows = jax.eval_shape(cache)
 temporary = []
 for b, heads in shapes:
-    q = jax.ShapeDtypeStruct((b, 1, heads, 576), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((b, 1, heads, rows.width), jnp.bfloat16)
     indices = jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32)
     decode = jax.jit(lambda *a: sparse_decode(*a, sm_scale=0.1, implementation="mosaic_gpu"))
     program = decode.lower(*on_h200((q, rows, indices))).compile()
@@ -79,6 +83,8 @@ def assert_good(said: list[str]) -> None:
         (BLOCK, {"scale_format": "fp32", "in_place": True}),
         (KVLayout.FP8_NOPE_FP8_ROPE, {}),
         (KVLayout.FP4, {}),
+        (KVLayout.FP8_V4, {}),
+        (KVLayout.FP8_V4, {"in_place": True, "page_size": 64}),
         (KVLayout.BF16, {}),
     ],
 )

@@ -15,7 +15,9 @@ from jmla.layouts import (
     FP8Rows,
     KVLayout,
     PackedBlockScaleRows,
+    PagedV4Rows,
     Rows,
+    V4Rows,
     from_bytes,
     quantize,
     to_bytes,
@@ -34,23 +36,33 @@ POW2: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "
 FP32: Format = (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, {"scale_format": "fp32"})
 FORMATS = (POW2, FP32, SCALED_FP8, BF16)
 FP4: Format = (KVLayout.FP4, {})
+V4: Format = (KVLayout.FP8_V4, {})
+PAGED_V4: Format = (KVLayout.FP8_V4, {"in_place": True})
 PACKED_POW2: Format = (POW2[0], POW2[1] | {"in_place": True})
 PACKED_FP32: Format = (FP32[0], FP32[1] | {"in_place": True})
 
 
 def rows_of(form: Format, seed: int, *shape: int, factors: np.ndarray | None = None) -> Rows:
-    """Random rows of 512 + 64 values in a format, each multiplied by its factor [slots, 576]."""
+    """Random rows of a format's usual sizes, each multiplied by its factor [slots, width].
+
+    Rows that stay in pages take the last axis as a page.
+    """
     layout, options = form
     options = dict(options)
     in_place = options.pop("in_place", False)
-    latents = random_rows(seed, *shape, rank=512).latents
+    rank = layout.default_rank
+    latents = random_rows(seed, *shape, rank=rank).latents
     if factors is not None:
         scaled = np.asarray(latents, np.float32) * factors.reshape(latents.shape)
         latents = jnp.asarray(scaled.astype(jnp.bfloat16))
     if "scale" in options:
         options = {"scale": jnp.float32(options["scale"])}
-    rows = quantize(latents, layout, rank=512, rope_dim=64, **options)
-    return from_bytes(to_bytes(rows), layout, in_place=True, **options) if in_place else rows
+    rows = quantize(latents, layout, rank=rank, rope_dim=64, **options)
+    if not in_place:
+        return rows
+    if layout is KVLayout.FP8_V4:
+        options["page_size"] = shape[-1]
+    return from_bytes(to_bytes(rows), layout, in_place=True, **options)
 
 
 def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
@@ -59,6 +71,10 @@ def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
     for slots in named:
         flat = np.asarray(slots).ravel()
         keep[flat[(flat >= 0) & (flat < rows.num_slots)]] = True
+    if isinstance(rows, PagedV4Rows):
+        poisoned = poison_all(rows.unpacked(), np.nonzero(keep)[0])
+        stride = rows.packed.shape[-1]
+        return rows.unpack(poisoned.pack(page_bytes=stride), page_size=rows.page_size)
     leaves: dict[str, Any] = {}
     for name in rows.token_leaves:
         leaf = np.array(getattr(rows.flat(), name))
@@ -68,7 +84,7 @@ def poison_all[R: Rows](rows: R, *named: jax.Array | np.ndarray) -> R:
 
 
 def exact_latents(rows: Rows) -> np.ndarray:
-    """f64 [slots, 576]: codes times scales, not rounded."""
+    """f64 [slots, width]: codes times scales, not rounded."""
     match rows.flat():
         case BF16Rows(latents=latents):
             return np.asarray(latents).astype(np.float64)
@@ -78,8 +94,10 @@ def exact_latents(rows: Rows) -> np.ndarray:
             wide = np.repeat(np.asarray(scales).astype(np.float64), BLOCK_SCALE_TILE, axis=-1)
             nope64 = np.asarray(nope).astype(np.float64) * wide
             return np.concatenate([nope64, np.asarray(rope).astype(np.float64)], axis=-1)
-        case FP4Rows() as fp4:  # exact in bf16: two bits times a power of two
-            return np.asarray(fp4.dequantize()).astype(np.float64)
+        case (FP4Rows() | V4Rows()) as few_bits:  # times powers of two, so exact in bf16
+            return np.asarray(few_bits.dequantize()).astype(np.float64)
+        case PagedV4Rows() as paged:
+            return exact_latents(paged.unpacked())
         case PackedBlockScaleRows() as packed:
             return exact_latents(packed.unpacked())
     raise AssertionError(f"{rows.layout=} has no exact latents here")
@@ -91,7 +109,7 @@ def exact_decode(
     """out [b, s_q, h, 512] and lse [b, s_q, h] in f64.
 
     Args:
-        q: bf16 [b, s_q, h, 576].
+        q: bf16 [b, s_q, h, width].
         caches: rows, indices [b, s_q, topk] and topk_length (or None), for one or two caches.
         sm_scale: factor on the logits.
         attn_sink: f32 [h] or None.

@@ -11,7 +11,7 @@ import pytest
 import jmla
 from jmla import _mosaic_decode, attention
 from jmla.attention import dense_decode, sparse_decode, sparse_prefill
-from jmla.layouts import BF16Rows, FP4Rows, KVLayout, Rows, from_bytes, quantize
+from jmla.layouts import BF16Rows, FP4Rows, KVLayout, Rows, V4Rows, from_bytes, quantize, to_bytes
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
 from tests.attention.exact import (
     BF16,
@@ -20,7 +20,9 @@ from tests.attention.exact import (
     FP8,
     PACKED_FP32,
     PACKED_POW2,
+    PAGED_V4,
     POW2,
+    V4,
     assert_exact,
     exact_decode,
     poison_all,
@@ -30,7 +32,7 @@ from tests.helpers import assert_close
 
 kernels = pytest.importorskip("pallas_kernels.sparse_decode", reason="needs Pallas for GPUs")
 
-EVERY_FORMAT = (*FORMATS, FP8, FP4, PACKED_POW2, PACKED_FP32)
+EVERY_FORMAT = (*FORMATS, FP8, FP4, V4, PAGED_V4, PACKED_POW2, PACKED_FP32)
 SINK = jnp.array([0.5, -jnp.inf, jnp.inf], jnp.float32)
 
 
@@ -39,7 +41,7 @@ def stand_in(q, lists, *, sm_scale, attn_sink, num_splits):
     keys, valid = [], []
     for each in lists:
         latents = _latents(each)
-        assert latents.shape == (each.num_slots, 576)
+        assert latents.shape == (each.num_slots, q.shape[-1])
         named = (each.indices >= 0) & (each.indices < each.num_slots)
         if each.lengths is not None:
             assert each.lengths.shape == q.shape[:1]
@@ -60,8 +62,15 @@ def stand_in(q, lists, *, sm_scale, attn_sink, num_splits):
 
 def _latents(each: Any) -> jax.Array:
     arrays = each.arrays
-    if each.format == "fp4":
-        return FP4Rows(**arrays, rank=512, rope_dim=64).dequantize().astype(jnp.float32)
+    if each.format in ("fp4", "v4", "paged_v4"):
+        rows = {
+            "fp4": lambda: FP4Rows(**arrays, rank=512, rope_dim=64),
+            "v4": lambda: V4Rows(**arrays, rank=448, rope_dim=64),
+            "paged_v4": lambda: from_bytes(
+                arrays["packed"], KVLayout.FP8_V4, page_size=each.page_size
+            ).flat(),
+        }[each.format]()
+        return rows.dequantize().astype(jnp.float32)
     if each.format.startswith("packed"):
         rows = from_bytes(arrays["packed"], POW2[0])
         arrays = {name: getattr(rows, name) for name in rows.token_leaves}
@@ -98,26 +107,27 @@ def decode(q, rows, indices, **options):
 def test_the_kernel_reads_what_the_table_says():
     formats = {_mosaic_decode.format_name(rows_of(form, 0, 1)) for form in EVERY_FORMAT}
     assert formats == set(kernels.FORMATS)
-    assert (kernels.RANK, kernels.ROPE_DIM) == (_mosaic_decode.RANK, _mosaic_decode.ROPE_DIM)
-    layouts = {form[0] for form in EVERY_FORMAT}
-    assert layouts == set(_mosaic_decode.LAYOUTS)
-    for layout in KVLayout:
-        refused = _mosaic_decode.layout_reasons(layout, 512, 64)
-        assert bool(refused) == (layout not in layouts)
+    assert kernels.ROPE_DIM == _mosaic_decode.ROPE_DIM
+    assert {form[0] for form in EVERY_FORMAT} == set(_mosaic_decode.LAYOUTS)
+    for form in EVERY_FORMAT:
+        rows = rows_of(form, 0, 1)
+        assert kernels.FORMATS[_mosaic_decode.format_name(rows)].width == rows.width
+        assert not _mosaic_decode.layout_reasons(rows.layout, rows.rank, rows.rope_dim)
+        assert _mosaic_decode.layout_reasons(rows.layout, rows.rank - 64, rows.rope_dim + 64)
 
 
 @pytest.mark.parametrize("form", EVERY_FORMAT)
 @pytest.mark.parametrize("per_token", [None, False, True])
 def test_arguments_reach_the_kernel(calls, form, per_token):
     rows, indices = rows_of(form, 1, 3, 7), random_indices(2, 2, 3, 9, slots=21)
-    q = random_queries(0, 2, 3, 3, width=576)
+    q = random_queries(0, 2, 3, 3, width=rows.width)
     lengths = None
     if per_token is not None:
         lengths = jnp.array([[4, 0, 100], [9, 1, -3]] if per_token else [5, 0], jnp.int32)
     ours = decode(q, rows, indices, topk_length=lengths, attn_sink=SINK)
     exact = exact_decode(q, [(rows, indices, lengths)], sm_scale=SCALE, attn_sink=SINK)
     assert_exact(ours, exact)
-    assert calls == [((6, 3, 576), _mosaic_decode.format_name(rows))]
+    assert calls == [((6, 3, rows.width), _mosaic_decode.format_name(rows))]
 
 
 def test_a_second_cache_reaches_the_kernel(calls):
@@ -226,10 +236,17 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("layout", [*_mosaic_decode.LAYOUTS, KVLayout.FP8_V4])
-def test_a_plans_decode_reaches_the_kernel(calls, monkeypatch, layout: KVLayout):
+@pytest.mark.parametrize(
+    ("layout", "rank", "served"),
+    [*((layout, layout.default_rank, True) for layout in KVLayout), (KVLayout.FP8_V4, 512, False)],
+)
+def test_a_plans_decode_reaches_the_kernel(
+    calls, monkeypatch, layout: KVLayout, rank: int, served: bool
+):
     monkeypatch.setattr(attention, "_on_hopper", lambda: True)
-    config = jmla.Config(num_heads=3, sm_scale=0.1, layout=layout, platform="sm_90")
+    config = jmla.Config(
+        num_heads=3, sm_scale=0.1, layout=layout, kv_lora_rank=rank, platform="sm_90"
+    )
     resolved = jmla.resolve(config)
     cache = resolved.init_cache(2)
     lengths = jnp.array([5], jnp.int32)
@@ -237,10 +254,11 @@ def test_a_plans_decode_reaches_the_kernel(calls, monkeypatch, layout: KVLayout)
         lengths, lengths * 0 + 1, jnp.zeros((1, 1), jnp.int32), num_tokens=1, page_size=64
     )
     try:
-        resolved.decode(Q(0, 1, 1, 3), cache, batch, jnp.zeros((1, 7), jnp.int32))
+        q = random_queries(0, 1, 1, 3, width=rank + 64)
+        resolved.decode(q, cache, batch, jnp.zeros((1, 7), jnp.int32))
     finally:
         jax.clear_caches()  # the plan's own jit holds the stand-in
-    assert bool(calls) == (layout in _mosaic_decode.LAYOUTS)
+    assert bool(calls) == served
     on_kernel = "runs on the device kernel for sm_90 (Hopper)" in " ".join(str(resolved).split())
     assert on_kernel == bool(calls)
 
@@ -254,11 +272,15 @@ def reasons_of(rows: Rows, **options: Any) -> str:
 
 def test_every_reason_against_the_kernel_is_told():
     rows, indices = rows_of(POW2, 1, 3, 7), jnp.zeros((2, 1, 4), jnp.int32)
-    v4 = quantize(jnp.zeros((3, 7, 512)), KVLayout.FP8_V4, rank=448)
-    text = reasons_of(v4, q=Q(0, 2, 1, 3)[..., :512])
-    assert "rows: the mosaic_gpu kernel does not read FP8_V4; it reads BF16" in text
-    assert "512 + 64 values only, and these have 448 + 64" in text
+    v4 = quantize(jnp.zeros((3, 7, 512)), KVLayout.FP8_V4, rank=384, rope_dim=128)
+    text = reasons_of(v4)
+    assert "rows: the mosaic_gpu kernel reads FP8_V4 latents of 448 + 64 values only" in text
+    assert "these have 384 + 128" in text
     assert "implementation=None" in text
+    packed = to_bytes(quantize(jnp.zeros((3, 7, 512)), KVLayout.FP8_V4), page_bytes=7 * 584)
+    paged = from_bytes(packed, KVLayout.FP8_V4, page_size=7, in_place=True)
+    text = reasons_of(paged)
+    assert "multiple of 16 bytes: cache.packed.shape=(3, 4088)" in text
     empty = BF16Rows(jnp.zeros((0, 64, 576), jnp.bfloat16), rank=512, rope_dim=64)
     text = reasons_of(rows, extra_rows=empty, extra_indices=indices)
     assert "extra_rows: the mosaic_gpu kernel expects at least one slot: " in text

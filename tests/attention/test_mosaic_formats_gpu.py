@@ -1,4 +1,4 @@
-"""The Hopper kernel over FP4 rows, and over packed rows of other engines in place, on a Hopper."""
+"""The Hopper kernel over FP4 and FP8_V4 rows, and packed rows of other engines, on a Hopper."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 
 from jmla import Cache, append
 from jmla.attention import sparse_decode
-from jmla.layouts import Rows, from_bytes
+from jmla.layouts import KVLayout, Rows, from_bytes
 from tests.attention.cases import (
     DECODE_FILES,
     SCALE,
@@ -25,7 +25,9 @@ from tests.attention.exact import (
     FP32,
     PACKED_FP32,
     PACKED_POW2,
+    PAGED_V4,
     POW2,
+    V4,
     assert_exact,
     exact_decode,
     poison_all,
@@ -36,8 +38,14 @@ from tests.helpers import assert_close, golden
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-PACKED = {"pow2": (PACKED_POW2, POW2), "fp32": (PACKED_FP32, FP32)}
-FORMS = {"packed pow2": PACKED_POW2, "packed fp32": PACKED_FP32, "fp4": FP4}
+PACKED = {"pow2": (PACKED_POW2, POW2), "fp32": (PACKED_FP32, FP32), "v4": (PAGED_V4, V4)}
+FORMS = {
+    "packed pow2": PACKED_POW2,
+    "packed fp32": PACKED_FP32,
+    "fp4": FP4,
+    "v4": V4,
+    "paged v4": PAGED_V4,
+}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 SINGLE_KEY_LSE = 2e-3  # see test_mosaic_gpu
 every_packed = pytest.mark.parametrize(("packed", "apart"), PACKED.values(), ids=PACKED)
@@ -54,44 +62,61 @@ def decode(q: jax.Array, rows: Rows, indices: jax.Array, **options: Any):
 @every_packed
 @pytest.mark.parametrize(("heads", "topk"), [(16, 65), (40, 200), (128, 2048)])
 def test_packed_rows_have_the_bits_of_rows_apart(packed, apart, heads: int, topk: int):
-    q = queries_of_width(0, 3, 2, heads, width=576)
     indices = random_indices(2, 3, 2, topk, slots=2257)
-    wanted = decode(q, poison_all(rows_of(apart, 1, 37, 61), indices), indices)
+    rows = poison_all(rows_of(apart, 1, 37, 61), indices)
+    q = random_queries(0, 3, 2, heads, rows=rows)
+    wanted = decode(q, rows, indices)
     same_bits(decode(q, poison_all(rows_of(packed, 1, 37, 61), indices), indices), wanted)
 
 
 @every_packed
 def test_packed_rows_beside_rows_apart(packed, apart):
-    q, lengths = queries_of_width(0, 3, 1, 40, width=576), jnp.array([0, 130, 999], jnp.int32)
     indices, more = random_indices(2, 3, 1, 70, slots=448), random_indices(3, 3, 1, 300, slots=90)
     rows, extra = rows_of(packed, 1, 7, 64), rows_of(apart, 4, 90)
+    q, lengths = random_queries(0, 3, 1, 40, rows=rows), jnp.array([0, 130, 999], jnp.int32)
     ours = decode(q, rows, indices, extra_rows=extra, extra_indices=more, extra_topk_length=lengths)
     exact = exact_decode(q, [(rows, indices, None), (extra, more, lengths)], sm_scale=SCALE)
     assert_exact(ours, exact)
 
 
-@pytest.mark.parametrize("name", DECODE_FILES[:4])
-def test_flashmlas_own_results_from_its_own_bytes(name: str):
+@pytest.mark.parametrize("name", DECODE_FILES)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("splits", [None, 3])
+def test_flashmlas_own_results_from_its_own_bytes(name: str, in_place: bool, splits: int | None):
     data, case = golden(name), golden_decode(name)
-    layout = case.args[1].layout
-    rows = from_bytes(jnp.asarray(data["packed"][:, :, 0]), layout, in_place=True)
-    args = (case.args[0], rows, case.args[2])
-    out, lse = sparse_decode(*args, **case.kwargs, implementation="mosaic_gpu")
+    q, rows, indices = case.args
+    kwargs = dict(case.kwargs)
+    if in_place and rows.layout is KVLayout.FP8_V4:
+        pages = [(data["packed"], data["block_size"])]
+        pages += (
+            [(data["extra_packed"], data["extra_block_size"])] if "extra_rows" in kwargs else []
+        )
+        stay = [
+            from_bytes(jnp.asarray(packed), rows.layout, page_size=int(size), in_place=True)
+            for packed, size in pages
+        ]
+        rows, kwargs = stay[0], kwargs | ({"extra_rows": stay[1]} if stay[1:] else {})
+    elif in_place:
+        rows = from_bytes(jnp.asarray(data["packed"][:, :, 0]), rows.layout, in_place=True)
+    out, lse = sparse_decode(
+        q, rows, indices, **kwargs, num_splits=splits, implementation="mosaic_gpu"
+    )
     assert_close(out, case.expected["out"], abs_tol=1e-3, rel_tol=2.01 / 128, cos_tol=5e-6)
     assert_close(lse, case.expected["lse"], abs_tol=1e-6, rel_tol=8.01 / 65536)
 
 
 @every_packed
 def test_a_packed_cache_is_updated_and_read_in_one_jit(packed, apart):
-    q, indices = queries_of_width(0, 2, 1, 16, width=576), random_indices(2, 2, 1, 60, slots=64)
-    slots, new = jnp.array([3, -1, 40], jnp.int32), queries_of_width(7, 3, width=576)
+    rows, indices = rows_of(packed, 1, 1, 64), random_indices(2, 2, 1, 60, slots=64)
+    q, slots = random_queries(0, 2, 1, 16, rows=rows), jnp.array([3, -1, 40], jnp.int32)
+    new = random_queries(7, 3, rows=rows)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(cache: Cache) -> tuple[Cache, Any]:
         written = append(cache, slots, new)
         return written, decode(q, written.rows, indices)
 
-    _, ours = step(Cache(rows_of(packed, 1, 1, 64)))
+    _, ours = step(Cache(rows))
     kept, wanted = step(Cache(rows_of(apart, 1, 1, 64)))
     same_bits(ours, wanted)
     assert np.isfinite(np.asarray(ours[1])).all()
@@ -189,7 +214,7 @@ def test_rows_and_their_blocks_far_apart(form):
     rng = np.random.default_rng(3)
     blocks = np.repeat(10.0 ** rng.uniform(-2, 1, (400, 9)), 64, axis=1)
     factors = (blocks * 10.0 ** rng.uniform(-2, 0, (400, 1))).astype(np.float32)
-    rows = rows_of(form, 1, 400, factors=factors)
+    rows = rows_of(form, 1, 400, factors=factors[:, : form[0].default_rank + 64])
     q, indices = random_queries(0, 3, 1, 40, rows=rows), random_indices(2, 3, 1, 150, slots=400)
     out, lse = decode(q, rows, indices)
     exact_out, exact_lse = exact_decode(q, [(rows, indices, None)], sm_scale=SCALE)
@@ -202,6 +227,8 @@ def test_rows_and_their_blocks_far_apart(form):
 @pytest.mark.parametrize("zeros", [150, 75])
 def test_rows_of_a_fresh_cache(form, zeros: int):
     """Rows whose bytes are all zero have logits of 0, and count."""
+    if form is PAGED_V4:
+        pytest.skip("rows taken from pages stand alone; the bytes are those of the form apart")
     rows = rows_of(form, 1, 150)
     keep = jnp.arange(150) >= zeros
     rows = rows.gather(jnp.where(keep, jnp.arange(150), -1).astype(jnp.int32))
@@ -232,3 +259,18 @@ def test_the_xla_path_agrees(form):
     ours = decode(q, rows, indices)
     assert_close(ours[0], xla[0], abs_tol=2e-3, rel_tol=2.01 / 128, cos_tol=2e-5)
     assert_close(ours[1], xla[1], abs_tol=1e-3, rel_tol=1e-3)
+
+
+def test_v4_rows_whose_rotary_values_are_the_largest():
+    """Values of no position next to nothing beside the rotary ones, and the reverse."""
+    for nope, rope in ((1e-3, 300.0), (100.0, 1e-2), (0.0, 50.0)):
+        factors = np.concatenate([np.full((90, 448), nope), np.full((90, 64), rope)], axis=1)
+        rows = rows_of(V4, 1, 90, factors=factors.astype(np.float32))
+        q, indices = random_queries(0, 2, 1, 20, rows=rows), random_indices(2, 2, 1, 70, slots=90)
+        q = q * jnp.bfloat16(0.01)
+        out, lse = decode(q, rows, indices)
+        exact_out, exact_lse = exact_decode(q, [(rows, indices, None)], sm_scale=SCALE)
+        for part in (np.s_[..., :448], np.s_[..., 448:]):
+            error = relative_error(np.asarray(out, np.float64)[part], exact_out[part])
+            assert error <= 2.5e-3, (nope, rope, part)
+        assert_close(lse, exact_lse, abs_tol=1e-5, rel_tol=8.01 / 65536)

@@ -22,7 +22,9 @@ NO_COPIES = f"{RUNS}, which makes no dequantised copies"
         ({"layout": RAW}, RUNS),
         ({"layout": RAW, "page_size": 16}, NO_COPIES),
         ({"layout": FP4}, NO_COPIES),
-        ({"layout": V4}, "runs on XLA: the mosaic_gpu kernel does not read FP8_V4; it reads"),
+        ({"layout": V4, "kv_lora_rank": 448}, RUNS),
+        ({"layout": V4, "kv_lora_rank": 448, "attn_sink": True}, NO_COPIES),
+        ({"layout": V4}, "reads FP8_V4 latents of 448 + 64 values only, and these have 512 + 64"),
         ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),
         ({"layout": BF16, "decode_backend": "flashmla"}, "no device kernel serves flashmla decode"),
         ({"layout": BF16, "platform": "sm_100"}, "no device kernel serves trtllm decode on sm_100"),
@@ -50,9 +52,9 @@ def test_a_named_implementation_that_cannot_serve_is_not_implemented() -> None:
     assert elsewhere in unserved(platform="cpu")
     dense = "no kernel for flashmla decode on 'sm_90' (platforms with one: none yet)"
     assert dense in unserved(kv_cache_dtype="bfloat16", decode_backend="flashmla")
-    assert "cannot serve flashmla_kv decode: the mosaic_gpu kernel does not read FP8_V4" in (
+    assert "cannot serve flashmla_kv decode: the mosaic_gpu kernel reads FP8_V4 latents" in (
         unserved(layout=V4)
     )
-    assert "cannot serve fa3 decode: the mosaic_gpu kernel reads latents of 512 + 64 values" in (
+    assert "cannot serve fa3 decode: the mosaic_gpu kernel reads BF16 latents of 512 + 64" in (
         unserved(kv_lora_rank=256)
     )
