@@ -78,10 +78,11 @@ def _copy_nope(block: Block, ring: Ring, slot: Value, per_warp: int) -> None:
         return
     base = global_address(block.arrays[part.array]) + part.offset
     lane_bytes = block.thread.lane * CHUNK
+    own_bytes = lane_bytes if stored is None else minimum(lane_bytes, stored - CHUNK)
     tile = tile + block.thread.warp * (per_warp * row_bytes) + lane_bytes
     for row in range(per_warp):
         named = shuffle(slot, row)
-        source = base + block.row_offset(part, _row_or_first(named)) + lane_bytes.wide()
+        source = base + block.row_offset(part, _row_or_first(named)) + own_bytes.wide()
         place = (tile ^ (swizzle(row & 7) * CHUNK)) + row * row_bytes
         copied = _copied_bytes(named)
         if stored is not None:  # zeros in the place of what is padding here
