@@ -85,7 +85,7 @@ def test_wrong_arguments_are_found_while_tracing():
         (
             sparse_decode,
             {**DECODE, "rows": quantize(ROWS.latents, KVLayout.FP4, rank=128)},
-            ["does not read FP4", "these have 128 + 64"],
+            ["reads FP4 latents of 512 + 64", "these have 128 + 64"],
         ),
         (sparse_prefill, PREFILL, ["there is no mosaic_gpu kernel for sparse_prefill"]),
         (dense_decode, DENSE, ["there is no mosaic_gpu kernel for dense_decode"]),
