@@ -122,7 +122,7 @@ def sparse_decode(
         tuple(_per_query(lengths, batch) for *_, lengths in caches),
     )
     shared = _Shared(
-        tuple(cache.flat() for cache, *_ in caches), jnp.asarray(sm_scale, jnp.float32), attn_sink
+        tuple(cache for cache, *_ in caches), jnp.asarray(sm_scale, jnp.float32), attn_sink
     )
     out, lse = _compiled(queries, shared, num_splits)
     return out.reshape(*q.shape[:3], rows.value_dim), lse.reshape(q.shape[:3])
@@ -197,6 +197,8 @@ def _batchable(num_splits: int | None) -> Any:
 def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Results:
     from pallas_kernels import sparse_decode as kernels
 
+    # Merged here, under jit: outside of it every reshape is a copy of the cache.
+    caches = [cache.flat() for cache in shared.caches]
     lists = [
         kernels.KeyList(
             format=format_name(cache),
@@ -205,9 +207,7 @@ def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Resu
             lengths=lengths,
             page_size=cache.page_size if isinstance(cache, PagedV4Rows) else None,
         )
-        for cache, indices, lengths in zip(
-            shared.caches, queries.indices, queries.lengths, strict=True
-        )
+        for cache, indices, lengths in zip(caches, queries.indices, queries.lengths, strict=True)
     ]
     return kernels.sparse_decode(
         queries.q,

@@ -137,7 +137,7 @@ class RowFormat:
 
     @property
     def scales(self) -> int:
-        """How many a row has."""
+        """How many the no-position values of a row have."""
         return self.parts * COLUMNS // self.scale_columns
 
     @property

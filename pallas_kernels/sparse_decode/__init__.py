@@ -13,7 +13,7 @@ rows are converted in registers, so that converted keys are never stored.
 """
 
 from pallas_kernels.device.formats import FORMATS
-from pallas_kernels.device.row_formats import RANK, ROPE_DIM
+from pallas_kernels.device.row_formats import ROPE_DIM
 from pallas_kernels.sparse_decode.call import KeyList, sparse_decode
 
-__all__ = ["FORMATS", "RANK", "ROPE_DIM", "KeyList", "sparse_decode"]
+__all__ = ["FORMATS", "ROPE_DIM", "KeyList", "sparse_decode"]

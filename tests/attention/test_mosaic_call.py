@@ -154,6 +154,16 @@ def test_a_call_outside_jit_is_traced_once(calls):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("form", EVERY_FORMAT)
+def test_a_call_outside_jit_hands_its_cache_on_as_it_is(calls, form):
+    """Whatever is done to a cache outside jit copies it."""
+    rows = rows_of(form, 1, 3, 7)
+    q, indices = Q(0, 2, 1, 3)[..., : rows.width], random_indices(2, 2, 1, 9, slots=21)
+    traced = jax.make_jaxpr(lambda rows: decode(q, rows, indices))(rows)
+    users = [e for e in traced.eqns if any(x in traced.jaxpr.invars for x in e.invars)]
+    assert [e.params.get("name") for e in users] == ["<lambda>"]
+
+
 def stacked(make) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *(make(seed) for seed in range(3)))
 
