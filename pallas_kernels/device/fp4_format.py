@@ -4,8 +4,9 @@ A thread takes 8 bytes of two rows as keys, and 4 bytes of four rows as values. 
 f16 by the same few instructions: the word of a key pairs columns that are four apart (which the
 query's columns follow), the word of values pairs two rows.
 
-e2m1 is the upper end of f16: its bits in the right places are the number times 2^-14. So a scale
-costs nothing: its power, relative to the row's and times 2^14, is what the pairs are multiplied by.
+e2m1 is the upper end of f16: its bits in the right places are the number times 2^-14, of which 0.5
+is a subnormal number that products keep. So a scale costs nothing: its power, relative to the row's
+and times 2^14, is what the pairs are multiplied by.
 The exponent alone is kept, as the upper byte of an f16, whose lower byte is zero.
 """
 

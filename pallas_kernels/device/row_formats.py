@@ -4,7 +4,8 @@ A tile is 64 rows, in two parts: no-position values, `nope_bytes` a row, and rot
 `rope_bytes` a row. It is read twice. As keys, a thread takes 16 consecutive values of two rows out
 of each 64 columns. As values, it takes 8 consecutive columns of four rows, and pairs neighbouring
 rows, which transposes them. Rows and columns are numbered so that both come out as fragments of
-`wgmma`, with the same permutation of the query's columns for all formats.
+`wgmma`. The query's columns are permuted alike for all formats, but for which two of a thread's
+columns share a word (`RowFormat.partner`).
 
 Chunks of 16 bytes are stored at their number xor `swizzle(row)`, which makes both readings free of
 bank conflicts.
