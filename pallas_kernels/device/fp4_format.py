@@ -30,6 +30,7 @@ from pallas_kernels.device.simt import (
     Value,
     f32,
     i32,
+    maximum_s16,
     minimum,
     ptx,
     select,
@@ -86,12 +87,12 @@ class FP4Format(RowFormat):
         """See `RowFormat.store_token`; lanes i and i + 16 of a warp do it for its row i."""
         scales = [select(masked, i32(0), word) for word in scales]
         pairs = [pair for word in scales for pair in (word & 0xFF00FF, (word >> 8) & 0xFF00FF)]
-        joined = functools.reduce(_maximum, pairs)
-        joined = _maximum(joined, joined >> 16) & 0xFF
-        top = _maximum(joined, shuffle_xor(joined, 16))
+        joined = functools.reduce(maximum_s16, pairs)
+        joined = maximum_s16(joined, joined >> 16) & 0xFF
+        top = maximum_s16(joined, shuffle_xor(joined, 16))
         power = self._power(minimum(top, 253) << 23)
         shift = ((i32(TOP_EXPONENT) - (power >> 23)) & 0xFFFF) * 0x10001
-        relative = [_maximum(_add(pair, shift), i32(0)) for pair in pairs]
+        relative = [maximum_s16(_add(pair, shift), i32(0)) for pair in pairs]
         place = tokens + row * SCALE_BYTES + (thread.lane & 16)
         for k in range(5):
             word = (relative[2 * k] << 2) | (relative[2 * k + 1] << 10)
@@ -210,11 +211,6 @@ def _signed(word: int) -> int:
 def _choose_bits(a: Value, b: Value, mask: int) -> Value:
     """Bits of `a` where the mask is 1, else of `b`."""
     return ptx("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, i32(mask), out="r", pure=True)[0]
-
-
-def _maximum(a: Value, b: Value) -> Value:
-    """The larger of each of two pairs of 16-bit integers."""
-    return ptx("max.s16x2 $0, $1, $2;", a, b, out="r", pure=True)[0]
 
 
 def _add(a: Value, b: Value) -> Value:

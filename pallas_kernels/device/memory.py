@@ -6,7 +6,19 @@ from typing import Any
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.device.simt import Value, i32_type, i64_type, ptx
+from pallas_kernels.device.simt import Value, i32, i32_type, i64_type, ptx, select
+
+CHUNK = 16  # bytes of one copy
+
+
+def copy(destination: Value, source: Value, size: Value) -> None:
+    """Begins to copy a chunk to shared memory: `size` bytes of it, and zeros for the rest."""
+    ptx(f"cp.async.cg.shared.global.L2::256B [$0], [$1], {CHUNK}, $2;", destination, source, size)
+
+
+def copied_bytes(slot: Value) -> Value:
+    """All of a chunk of the row in a slot, nothing for a slot that is masked."""
+    return select(slot < 0, i32(0), i32(CHUNK))
 
 
 def shared_address(ref: Any) -> Value:

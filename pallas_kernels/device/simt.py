@@ -147,6 +147,11 @@ def minimum(a: Value, b: Value | int) -> Value:
     return Value(arith.minsi(a.ir, a._lift(b)))
 
 
+def maximum_s16(a: Value, b: Value) -> Value:
+    """The larger of each of two pairs of signed 16-bit integers."""
+    return ptx("max.s16x2 $0, $1, $2;", a, b, out="r", pure=True)[0]
+
+
 def floor_divide(a: Value, b: int) -> Value:
     """a / b of a signed integer, rounded down; `b` is a power of two."""
     return Value(arith.shrsi(a.ir, a._lift(b.bit_length() - 1)))

@@ -90,6 +90,15 @@ class Ring:
             select(wrapped, self.phase ^ 1, self.phase),
         )
 
+    def previous(self) -> "Ring":
+        """The step before; a barrier's wait for what is before the first step does not block."""
+        wrapped = self.slot.equals(0)
+        return Ring(
+            self.size,
+            select(wrapped, i32(self.size - 1), self.slot - 1),
+            select(wrapped, self.phase ^ 1, self.phase),
+        )
+
 
 def named_barrier(number: int, threads: int) -> None:
     """Joins `threads` threads; numbers below 8 are Mosaic's."""

@@ -1,30 +1,31 @@
-"""Tensor-core products of Hopper with the left operand in registers.
+"""Tensor-core products of Hopper with the left operand in registers or in shared memory.
 
-D[64, n] += A[64, 16] B[16, n], by a warpgroup. Of A and D, the thread of warp w, quad q and column
-c holds rows 16w + q and 16w + q + 8; of A, columns 2c, 2c + 1, 2c + 8 and 2c + 9; of D, columns
-8v + 2c and 8v + 2c + 1 for each v below n / 8. A fragment of A is four words of two 16-bit floats:
-the first pair of the upper and of the lower row, then the second pair of both. D is a list of n / 2
-floats in the order (v, row, column).
+D[64, n] += A[64, 16] B[16, n], by a warpgroup. Of D, and of A in registers, the thread of warp w,
+quad q and column c holds rows 16w + q and 16w + q + 8; of A, columns 2c, 2c + 1, 2c + 8 and 2c + 9;
+of D, columns 8v + 2c and 8v + 2c + 1 for each v below n / 8. A fragment of A is four words of two
+16-bit floats: the first pair of the upper and of the lower row, then the second pair of both. D is
+a list of n / 2 floats in the order (v, row, column).
 """
 
 from collections.abc import Sequence
 
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.device.simt import Value, f32_type, fence_registers, i64, ptx
+from pallas_kernels.device.simt import Value, f32_type, fence_registers, i64, i64_type, ptx
 
 ROW_BYTES = 128
 ATOM_BYTES = 8 * ROW_BYTES
 
 
-def descriptor(address: Value) -> Value:
-    """B in shared memory in rows of 128 bytes with the 128-byte swizzle, eight rows an atom.
+def descriptor(address: Value, columns_stride: int = 0) -> Value:
+    """An operand in shared memory: rows of 128 bytes, swizzled by 128 bytes, eight rows an atom.
 
-    The same for both orders of B: rows are columns of B with 64 k each (`k_major`), or rows are k
-    with up to 64 columns each. `address` is a multiple of 1024.
+    For B the same in both orders: rows are columns of B with 64 k each (`k_major`), or rows are k
+    with 64 columns each; the next 64 columns are `columns_stride` bytes on. For A rows are rows
+    with 64 k each. `address` is a multiple of 1024.
     """
     start = ((address & 0x3FFFF) >> 4).wide()
-    return start | i64((1 << 62) | (ATOM_BYTES >> 4) << 32)
+    return start | i64((1 << 62) | (ATOM_BYTES >> 4) << 32 | (columns_stride >> 4) << 16)
 
 
 def step(
@@ -39,14 +40,35 @@ def step(
         dtype: "f16" or "bf16".
         b_is_k_major: which order B has in memory.
     """
+    a_names = ",".join(f"${2 * len(acc) + i}" for i in range(4))
+    return _issue(acc, a, b, f"{{{a_names}}}", f"1, 1, 1, {int(not b_is_k_major)}", dtype)
+
+
+def step_from_shared(
+    acc: Sequence[Value],
+    a: Value,
+    b: Value,
+    *,
+    dtype: str,
+    b_is_k_major: bool,
+    replace: bool = False,
+) -> list[Value]:
+    """`step` with a descriptor of A; `replace` starts at zero instead of `acc`."""
+    flags = f"{int(not replace)}, 1, 1, 0, {int(not b_is_k_major)}"
+    return _issue(acc, [a], b, f"${2 * len(acc)}", flags, dtype)
+
+
+def _issue(
+    acc: Sequence[Value], a: Sequence[Value], b: Value, a_names: str, flags: str, dtype: str
+) -> list[Value]:
     size = len(acc)
     names = ",".join(f"${i}" for i in range(size))
-    a_names = ",".join(f"${2 * size + i}" for i in range(4))
     text = (
         f"wgmma.mma_async.sync.aligned.m64n{2 * size}k16.f32.{dtype}.{dtype} "
-        f"{{{names}}}, {{{a_names}}}, ${2 * size + 4}, 1, 1, 1, {int(not b_is_k_major)};"
+        f"{{{names}}}, {a_names}, ${2 * size + len(a)}, {flags};"
     )
-    constraints = ",".join(["=f"] * size + [str(i) for i in range(size)] + ["r"] * 4 + ["l"])
+    letters = ["l" if value.type == i64_type() else "r" for value in a]
+    constraints = ",".join(["=f"] * size + [str(i) for i in range(size)] + letters + ["l"])
     packed = llvm.inline_asm(
         llvm.StructType.get_literal([f32_type()] * size),
         [value.ir for value in (*acc, *a, b)],

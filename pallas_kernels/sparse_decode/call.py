@@ -1,6 +1,5 @@
 """The launch."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,14 +12,11 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.row_formats import RANK, RowFormat
-from pallas_kernels.sparse_decode.block import Block, shared_bytes
-from pallas_kernels.sparse_decode.gather import gather
+from pallas_kernels.sparse_decode import narrow, wide
 from pallas_kernels.sparse_decode.join import join
-from pallas_kernels.sparse_decode.scores import scores
-from pallas_kernels.sparse_decode.tuning import Shape, Tuning, choose, tuning_for
-from pallas_kernels.sparse_decode.values import values
+from pallas_kernels.sparse_decode.program import Program
+from pallas_kernels.sparse_decode.tuning import Choice, Shape, choose, tuning_for
 
-GATHER_WARPGROUP = 3
 INITIAL_REGISTERS = 128  # 65536 for 512 threads
 
 
@@ -78,17 +74,19 @@ def sparse_decode(
     """
     n, heads, _ = q.shape
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
-    plans = [choose(n, heads, each.indices.shape[1], num_splits) for each in lists]
-    final = len(lists) == 1 and plans[0][1] == 1
+    choices = [
+        choose(FORMATS[each.format], n, heads, each.indices.shape[1], num_splits) for each in lists
+    ]
+    final = len(lists) == 1 and choices[0].splits == 1
     results = []
-    for each, (tile, splits) in zip(lists, plans, strict=True):
+    for each, choice in zip(lists, choices, strict=True):
         row_format = FORMATS[each.format]
         shape = Shape(
             n=n,
             heads=heads,
             topk=each.indices.shape[1],
             num_slots=each.num_slots,
-            splits=splits,
+            splits=choice.splits,
             final=final,
             has_lengths=each.lengths is not None,
             has_sink=final and attn_sink is not None,
@@ -102,25 +100,28 @@ def sparse_decode(
             operands["lengths"] = each.lengths
         if shape.has_sink and attn_sink is not None:
             operands["sink"] = attn_sink
-        results.append(_launch(row_format, shape, tuning_for(row_format, tile), operands))
+        results.append(_launch(_program(row_format, choice), shape, operands))
     if final:
         return results[0][0][0], results[0][1][0]
     return join(results, attn_sink)
 
 
-def _launch(
-    row_format: RowFormat, shape: Shape, tuning: Tuning, operands: Mapping[str, Array]
-) -> tuple[Array, Array]:
+def _program(row_format: RowFormat, choice: Choice) -> Program:
+    if choice.wide:
+        return wide.program(row_format)
+    return narrow.program(row_format, tuning_for(row_format, choice.heads))
+
+
+def _launch(program: Program, shape: Shape, operands: Mapping[str, Array]) -> tuple[Array, Array]:
     """out [splits, n, h, 512] and lse [splits, n, h]."""
-    sizes = shared_bytes(row_format, tuning)
     names = [*operands, "out", "lse"]
 
     def kernel(*refs: Any) -> None:
         arrays = dict(zip(names, refs, strict=False))
-        shared = dict(zip(sizes, refs[len(names) :], strict=True))
+        shared = dict(zip(program.shared, refs[len(names) :], strict=True))
         number = lax.axis_index("block")
 
-        def run(code: Callable[[Block], None]) -> None:
+        def run(code: Callable[[Any], None]) -> None:
             @plgpu.inline_mgpu(
                 arg_types=(
                     {name: plgpu.RefType() for name in shared},
@@ -129,11 +130,11 @@ def _launch(
                 )
             )
             def emit(_: Any, shared: Any, arrays: Any, number: Any) -> None:
-                code(Block(row_format, shape, tuning, shared, arrays, number))
+                code(program.block(shape, shared, arrays, number))
 
             emit(shared, arrays, number)
 
-        def role(warpgroup: int, registers: int, code: Callable[[Block], None]) -> None:
+        def role(warpgroup: int, registers: int, code: Callable[[Any], None]) -> None:
             @pl.when(lax.axis_index("warpgroup") == warpgroup)
             def _() -> None:
                 if registers > INITIAL_REGISTERS:
@@ -142,14 +143,11 @@ def _launch(
                     plgpu.set_max_registers(registers, action="decrease")
                 run(code)
 
-        run(Block.initialise)
-        for_scores, for_values, for_gather = tuning.registers
-        role(0, for_scores, scores)
-        for half in range(2):
-            role(1 + half, for_values, functools.partial(values, half=half))
-        role(GATHER_WARPGROUP, for_gather, gather)
+        run(lambda block: block.initialise())
+        for warpgroup, (registers, code) in enumerate(program.roles):
+            role(warpgroup, registers, code)
 
-    tiles = -(-shape.heads // tuning.heads)
+    tiles = -(-shape.heads // program.heads)
     results = (shape.splits, shape.n, shape.heads)
     launch = plgpu.kernel(
         kernel,
@@ -160,9 +158,9 @@ def _launch(
         # One axis: the others end at 65535.
         grid=(shape.n * tiles * shape.splits,),
         grid_names=("block",),
-        num_threads=GATHER_WARPGROUP + 1,
+        num_threads=len(program.roles),
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((size // 4,), jnp.int32) for size in sizes.values()],
+        scratch_types=[plgpu.SMEM((size // 4,), jnp.int32) for size in program.shared.values()],
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),

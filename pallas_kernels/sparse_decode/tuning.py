@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
-from pallas_kernels.device.row_formats import TILE, RowFormat
+from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE, RowFormat
 
 HEAD_TILES = (16, 32, 64)
-SHARED_BYTES = 232448  # that one block may use
+SHARED_BYTES = 231424  # that one block may use, in pieces of 1024
 SLOTS = 132  # blocks that run at once: one on each multiprocessor
 MAX_SPLITS = 32
 REGISTERS = 512  # of each of 128 threads: 65536 in all
@@ -14,7 +15,7 @@ REGISTERS = 512  # of each of 128 threads: 65536 in all
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How a block works.
+    """How a narrow block works.
 
     Attributes:
         heads: of the query that one block serves: 16, 32 or 64.
@@ -79,10 +80,8 @@ class Shape:
 
 
 def tuning_for(row_format: RowFormat, heads: int) -> Tuning:
-    """The tuning for blocks of `heads` heads, from measurements on an H200."""
+    """The tuning for narrow blocks of `heads` heads, from measurements on an H200."""
     if row_format.nope_bytes > 512:  # two stages of 64 rows are too coarse
-        if heads == 64:
-            return Tuning(64, 4, 32, (120, 176, 40), eager=False)
         return Tuning(heads, 5, 32, (128, 152, 80), eager=True)
     if row_format.rope_is_value:
         if heads == 64:
@@ -92,24 +91,44 @@ def tuning_for(row_format: RowFormat, heads: int) -> Tuning:
         if heads == 64:
             return Tuning(64, 5, 64, (112, 176, 48), eager=False)
         return Tuning(heads, 6, 64, (128, 152, 80), eager=True)
-    if heads == 64:
-        return Tuning(64, 3, 64, (120, 176, 40), eager=False)
     return Tuning(heads, 4, 64, (128, 152, 80), eager=True)
 
 
-# Microseconds on an H200: a block of keys by heads of a tile, what a launch takes besides, what
+class Choice(NamedTuple):
+    """How a launch divides its work.
+
+    Attributes:
+        wide: which kind of block.
+        heads: that one block serves.
+        splits: parts of the keys.
+    """
+
+    wide: bool
+    heads: int
+    splits: int
+
+
+# Microseconds on an H200: a block of keys by heads of a block, what a launch takes besides, what
 # joining the parts takes besides the bytes, and bytes per microsecond then.
-_KEY_BLOCK = {16: 1.4, 32: 1.75, 64: 2.7}
+_NARROW_KEY_BLOCK = {16: 1.4, 32: 1.75, 64: 2.7}
+_WIDE_KEY_BLOCK = 2.5
 _LAUNCH = 5.0
 _JOIN = 1.5
 _JOIN_RATE = 2.4e6
+WIDE_HEADS = 64
 
 
-def choose(n: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, int]:
-    """Heads per tile and number of parts for the shortest estimated time.
+def has_wide_blocks(row_format: RowFormat) -> bool:
+    """Whether wide blocks read rows of the format."""
+    return row_format.parts * COLUMNS == RANK and row_format.scale_columns >= COLUMNS
 
-    The parts change the rounding of a result, the tiles do not: with `num_splits` given, a query's
-    bits depend on nothing but its own arguments.
+
+def choose(row_format: RowFormat, n: int, heads: int, topk: int, num_splits: int | None) -> Choice:
+    """The choice of the shortest estimated time.
+
+    The parts change the rounding of a result and so does the kind of block, the heads of a narrow
+    block do not. With `num_splits` given, the kind follows from the format and from whether there
+    are more than 32 heads: a query's bits then depend on nothing but its own arguments.
     """
     blocks = math.ceil(topk / TILE)
     if num_splits is None:
@@ -117,15 +136,23 @@ def choose(n: int, heads: int, topk: int, num_splits: int | None) -> tuple[int, 
         parts = [s for s in candidates if math.ceil(blocks / math.ceil(blocks / s)) == s]
     else:
         parts = [min(num_splits, blocks, MAX_SPLITS)]
-    return min(
-        ((tile, splits) for splits in parts for tile in HEAD_TILES),
-        key=lambda choice: _estimate(n, heads, blocks, *choice),
-    )
+    narrow = [(False, tile) for tile in HEAD_TILES]
+    if not has_wide_blocks(row_format):
+        kinds = narrow
+    elif heads <= HEAD_TILES[-2]:
+        kinds = narrow[:-1]
+    elif num_splits is None:
+        kinds = [*narrow[:-1], (True, WIDE_HEADS)]
+    else:
+        kinds = [(True, WIDE_HEADS)]
+    choices = [Choice(*kind, splits) for splits in parts for kind in kinds]
+    return min(choices, key=lambda choice: _estimate(n, heads, blocks, choice))
 
 
-def _estimate(n: int, heads: int, blocks: int, tile: int, splits: int) -> float:
-    waves = math.ceil(n * math.ceil(heads / tile) * splits / SLOTS)
-    time = waves * (_LAUNCH + math.ceil(blocks / splits) * _KEY_BLOCK[tile])
-    if splits > 1:
-        time += _JOIN + 2 * 4 * 512 * n * heads * splits / _JOIN_RATE
+def _estimate(n: int, heads: int, blocks: int, choice: Choice) -> float:
+    waves = math.ceil(n * math.ceil(heads / choice.heads) * choice.splits / SLOTS)
+    key_block = _WIDE_KEY_BLOCK if choice.wide else _NARROW_KEY_BLOCK[choice.heads]
+    time = waves * (_LAUNCH + math.ceil(blocks / choice.splits) * key_block)
+    if choice.splits > 1:
+        time += _JOIN + 2 * 4 * 512 * n * heads * choice.splits / _JOIN_RATE
     return time

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from pallas_kernels.device.memory import global_address, load_global
+from pallas_kernels.device.memory import CHUNK, copied_bytes, copy, global_address, load_global
 from pallas_kernels.device.row_formats import Part, swizzle
-from pallas_kernels.device.simt import Value, i32, loop, minimum, ptx, select, shuffle
+from pallas_kernels.device.simt import Value, i32, loop, minimum, select, shuffle
 from pallas_kernels.device.sync import Ring
-from pallas_kernels.sparse_decode.block import Block
+from pallas_kernels.sparse_decode.narrow.block import Block
+from pallas_kernels.sparse_decode.task import row_or_first
 
-CHUNK = 16  # bytes of one copy
 WARP_BYTES = 32 * CHUNK
 
 
@@ -35,7 +35,7 @@ def gather(block: Block) -> None:
         if scale is None:
             return []
         base = global_address(block.arrays[scale.array]) + scale.offset
-        source = base + block.row_offset(scale, _row_or_first(slot))
+        source = base + block.row_offset(scale, row_or_first(slot))
         return row_format.load_scales(source, thread)
 
     def step(stage: Value, slot: Value, following: Value, *rest: Value) -> list[Value]:
@@ -57,19 +57,6 @@ def gather(block: Block) -> None:
     loop(first_stage, last * block.pieces, carry, step)
 
 
-def _row_or_first(slot: Value) -> Value:
-    return select(slot < 0, i32(0), slot)
-
-
-def _copy(destination: Value, source: Value, size: Value) -> None:
-    ptx(f"cp.async.cg.shared.global.L2::256B [$0], [$1], {CHUNK}, $2;", destination, source, size)
-
-
-def _copied_bytes(slot: Value) -> Value:
-    """Copies of fewer bytes than a chunk fill the rest with zeros."""
-    return select(slot < 0, i32(0), i32(CHUNK))
-
-
 def _copy_nope(block: Block, ring: Ring, slot: Value, per_warp: int) -> None:
     part, row_bytes, stored = block.format.nope, block.format.nope_bytes, block.format.stored_bytes
     tile = block.nope + ring.slot * block.tile_bytes
@@ -82,13 +69,13 @@ def _copy_nope(block: Block, ring: Ring, slot: Value, per_warp: int) -> None:
     tile = tile + block.thread.warp * (per_warp * row_bytes) + lane_bytes
     for row in range(per_warp):
         named = shuffle(slot, row)
-        source = base + block.row_offset(part, _row_or_first(named)) + own_bytes.wide()
+        source = base + block.row_offset(part, row_or_first(named)) + own_bytes.wide()
         place = (tile ^ (swizzle(row & 7) * CHUNK)) + row * row_bytes
-        copied = _copied_bytes(named)
+        copied = copied_bytes(named)
         if stored is not None:  # zeros in the place of what is padding here
             copied = select(lane_bytes < stored, copied, i32(0))
         for piece in range(0, row_bytes, WARP_BYTES):
-            _copy(place + piece, source + piece, copied)
+            copy(place + piece, source + piece, copied)
 
 
 def _copy_rope(block: Block, ring: Ring, slot: Value) -> None:
@@ -113,6 +100,6 @@ def _copy_short_rows(
     for row in range(0, per_warp, WARP_BYTES // row_bytes):
         own = block.thread.lane // chunks + row
         named = shuffle(slot, own)
-        source = base + block.row_offset(part, _row_or_first(named)) + (chunk * CHUNK).wide()
+        source = base + block.row_offset(part, row_or_first(named)) + (chunk * CHUNK).wide()
         place = chunk if mix is None else chunk ^ mix(own)
-        _copy(tile + own * row_bytes + place * CHUNK, source, _copied_bytes(named))
+        copy(tile + own * row_bytes + place * CHUNK, source, copied_bytes(named))

@@ -1,14 +1,10 @@
 """The softmax over a block of keys, and over all of them."""
 
-import math
 from collections.abc import Callable
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import (
-    global_address,
-    load_global,
     load_shared,
-    store_global,
     store_shared,
 )
 from pallas_kernels.device.row_formats import BIAS, pack_bf16, pack_f16
@@ -16,26 +12,19 @@ from pallas_kernels.device.simt import (
     WARPGROUP,
     Value,
     branch,
-    divide,
     exp2,
-    f32,
     fma,
     fmax,
     i32,
-    log2,
-    minimum,
     select,
     shuffle_xor,
     when,
 )
 from pallas_kernels.device.sync import any_of, named_barrier, proxy_fence
-from pallas_kernels.sparse_decode.block import Block, head_place
+from pallas_kernels.sparse_decode.heads import LARGEST_WEIGHT, RAISED_WEIGHT, finish_head
+from pallas_kernels.sparse_decode.narrow.block import Block, head_place
 
 BARRIER = 8
-# A head's reference is raised when a weight would pass 2^14, to where the largest is 2^6: far
-# enough below the end of f16 to be raised seldom, and small weights keep their precision.
-LARGEST_WEIGHT = 14.0
-RAISED_WEIGHT = 6.0
 
 
 class Operands:
@@ -180,27 +169,11 @@ class Softmax:
         when(self.thread.index < self.heads, self._finish_head)
 
     def _finish_head(self) -> None:
-        block, shape, head = self.block, self.block.shape, self.thread.index
+        block, head = self.block, self.thread.index
         total = self._joined(head, lambda a, b: a + b)
         place = block.small + head_place(head, self.heads)
         (reference,) = load_shared(place, "f", block.memory.reference)
-        empty = total.equals(0.0)
-        lse = select(empty, f32(-math.inf), reference + log2(total))
-        number = block.first_head + head
-
-        def store() -> None:
-            target = global_address(block.arrays["lse"]) + block.result_row(number) * 4
-            store_global(target, [lse * math.log(2.0)])
-
-        when(number < shape.heads, store)
-        factor = divide(f32(1.0), total)
-        if shape.has_sink:
-            safe = minimum(number, shape.heads - 1)
-            (sink,) = load_global(global_address(block.arrays["sink"]) + safe.wide() * 4, "f")
-            factor = factor * divide(f32(1.0), exp2(sink * math.log2(math.e) - lse) + 1.0)
-        if shape.has_scale:
-            factor = factor * load_global(global_address(block.arrays["scale"]), "f")[0]
-        factor = select(empty, f32(0.0), factor)
+        factor = finish_head(block, head, reference, total, head < self.heads)
         store_shared(block.small + head * 4, [factor], block.memory.out_factor)
 
     def _joined(self, head: Value, join: Callable[[Value, Value], Value]) -> Value:

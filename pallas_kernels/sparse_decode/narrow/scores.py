@@ -4,9 +4,9 @@ from pallas_kernels.device import wgmma
 from pallas_kernels.device.row_formats import TileAddress
 from pallas_kernels.device.simt import Value, f32, i32, loop, opaque
 from pallas_kernels.device.sync import Ring
-from pallas_kernels.sparse_decode.block import Block
-from pallas_kernels.sparse_decode.queries import load_query
-from pallas_kernels.sparse_decode.softmax import Operands, Softmax
+from pallas_kernels.sparse_decode.narrow.block import Block
+from pallas_kernels.sparse_decode.narrow.queries import load_query
+from pallas_kernels.sparse_decode.narrow.softmax import Operands, Softmax
 
 
 def scores(block: Block) -> None:

@@ -5,21 +5,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pallas_kernels.device import wgmma
-from pallas_kernels.device.memory import global_address, load_global, shared_address
-from pallas_kernels.device.row_formats import TILE, Part, RowFormat, Stage
+from pallas_kernels.device.memory import shared_address
+from pallas_kernels.device.row_formats import TILE, RowFormat, Stage
 from pallas_kernels.device.simt import (
     Thread,
     Value,
     block_thread,
-    floor_divide,
-    i32,
-    minimum,
     ptx,
-    scalar,
     select,
     when,
 )
 from pallas_kernels.device.sync import BYTES, Barriers, Ring
+from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, Shape, Tuning
 
 CONSUMER_WARPS = 12
@@ -95,14 +92,14 @@ def shared_bytes(row_format: RowFormat, tuning: Tuning) -> dict[str, int]:
     return sizes
 
 
-class Block:
+class Block(Task):
     """One block, as one thread sees it."""
 
     def __init__(
         self,
         row_format: RowFormat,
-        shape: Shape,
         tuning: Tuning,
+        shape: Shape,
         shared: Mapping[str, Any],
         arrays: Mapping[str, Any],
         number: Any,
@@ -111,13 +108,14 @@ class Block:
 
         Args:
             row_format: of the cache.
-            shape: of the launch.
             tuning: of the block.
+            shape: of the launch.
             shared: references to the arrays of `shared_bytes`.
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        self.format, self.shape, self.tuning, self.arrays = row_format, shape, tuning, arrays
+        super().__init__(shape, tuning.heads, arrays, number)
+        self.format, self.tuning = row_format, tuning
         self.thread = Thread.current()
         self.memory = SmallMemory.of(tuning)
         self.nope, self.rope, self.tokens, self.query, self.small = (
@@ -134,14 +132,6 @@ class Block:
         self.scored = barriers(self.memory.scored, tuning.stages)
         self.query_ready = barriers(self.memory.query, 1)
         self.factor_ready = barriers(self.memory.factor, 1)
-
-        index = scalar(number)
-        tiles = math.ceil(shape.heads / tuning.heads)
-        per_query = tiles * shape.splits
-        self.row = index // per_query
-        rest = index % per_query
-        self.split = rest // tiles
-        self.first_head = (rest % tiles) * tuning.heads
 
     def initialise(self) -> None:
         """By one thread of the block; all must meet afterwards."""
@@ -189,14 +179,6 @@ class Block:
             value_factors + token_bytes,
         )
 
-    def row_offset(self, part: Part, slot: Value) -> Value:
-        """Bytes from the part of the first row to that of the row in `slot`, at least 0; wide."""
-        if self.shape.pages is None:
-            return slot.wide() * part.stride
-        size, page_bytes = self.shape.pages
-        place = (slot % size).wide() * part.stride + size * part.behind
-        return (slot // size).wide() * page_bytes + place
-
     def row_in_stage(self) -> Value:
         """The upper of the two keys whose logits this thread has."""
         return (self.thread.warp & (self.tuning.rows // 16 - 1)) * 16 + self.thread.quad
@@ -215,24 +197,6 @@ class Block:
             select(upper, x, y) for x, y in zip(first.values(), second.values(), strict=True)
         )
         return Ring(first.size, slot, phase)
-
-    def length(self) -> Value:
-        """How many of the query's slots count."""
-        if not self.shape.has_lengths:
-            return i32(self.shape.topk)
-        address = global_address(self.arrays["lengths"]) + self.row.wide() * 4
-        return minimum(load_global(address, "r")[0], self.shape.topk)
-
-    def key_blocks(self, length: Value) -> tuple[Value, Value]:
-        """The range of blocks of keys that this block attends to; it may be empty."""
-        first = self.split * self.shape.blocks_per_split
-        used = floor_divide(length + (TILE - 1), TILE)
-        return first, minimum(first + self.shape.blocks_per_split, used)
-
-    def result_row(self, head: Value) -> Value:
-        """The place of a head's result among all results, wide."""
-        row = self.row + self.split * self.shape.n
-        return row.wide() * self.shape.heads + head.wide()
 
 
 def head_place(head: Value, heads: int) -> Value:

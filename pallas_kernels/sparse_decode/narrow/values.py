@@ -5,8 +5,8 @@ from pallas_kernels.device.memory import global_address, load_shared, store_glob
 from pallas_kernels.device.row_formats import RANK, pack_bf16
 from pallas_kernels.device.simt import Value, branch, f32, i32, loop, opaque, when
 from pallas_kernels.device.sync import Ring
-from pallas_kernels.sparse_decode.block import Block
-from pallas_kernels.sparse_decode.queries import load_query
+from pallas_kernels.sparse_decode.narrow.block import Block
+from pallas_kernels.sparse_decode.narrow.queries import load_query
 
 STEPS = 4  # of 16 keys in a block
 TILES = 4  # of 64 columns in a warpgroup's half
