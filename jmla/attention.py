@@ -22,9 +22,10 @@ What all of them share:
 - `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0), of sparse decode alone: of one or
   two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64). It reads FP8 and FP4
   values as they are stored, without rounding them to bf16 on the way. With `num_splits` given, a
-  row's bits depend neither on the batch nor on the number of heads; None chooses by the shapes. It
-  has no gradient. A call that it does not serve raises NotImplementedError with every reason. Any
-  machine can trace and lower it, to compile it ahead of time; it compiles for Hopper only.
+  row's bits do not depend on the batch, and on the number of heads only in whether it is above 32;
+  None chooses by the shapes. It has no gradient. A call that it does not serve raises
+  NotImplementedError with every reason. Any machine can trace and lower it, to compile it ahead of
+  time; it compiles for Hopper only.
 - `"reference"` is `jmla.reference`.
 - None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
   kernel serves the call, and `"xla"` otherwise.

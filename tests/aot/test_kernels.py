@@ -95,9 +95,11 @@ def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, Any])
     assert max(temporary) < MIB, "a cache of 4096 pages must not be copied"
 
 
-def test_a_request_alone_is_cut_into_parts_and_joined(tmp_path: Path):
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_small_batch_is_cut_into_parts_and_joined(tmp_path: Path, batch: int):
+    """One request in narrow blocks, sixteen in wide ones."""
     heads = 128
-    (temporary,), said = compiled(tmp_path, BLOCK, {"scale_format": "pow2"}, [(1, heads)])
-    a_part = heads * 512 * 4
+    (temporary,), said = compiled(tmp_path, BLOCK, {"scale_format": "pow2"}, [(batch, heads)])
+    a_part = batch * heads * 512 * 4
     assert said and 2 * a_part <= temporary <= 34 * a_part
     assert_good(said)

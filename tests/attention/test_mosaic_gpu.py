@@ -42,6 +42,8 @@ pytestmark = pytest.mark.usefixtures("hopper")
 
 random_queries = functools.partial(queries_of_width, width=576)
 KINDS = dict(zip(("pow2", "fp32", "fp8", "bf16"), FORMATS, strict=True))
+# Narrow blocks and, with `num_splits` given, wide ones.
+both_kinds = pytest.mark.parametrize("heads", [26, 52])
 every_format = pytest.mark.parametrize("form", KINDS.values(), ids=KINDS)
 
 # A product of an fp32 scale and a code is rounded to 11 bits: one key's logit shows it.
@@ -91,9 +93,10 @@ def test_flashmlas_own_results(name: str, splits: int | None):
 
 
 @every_format
+@both_kinds
 @pytest.mark.parametrize("splits", [1, 3])
-def test_lengths_of_requests_and_of_tokens(form, splits: int):
-    q, indices = random_queries(0, 4, 2, 20), random_indices(2, 4, 2, 200, slots=512)
+def test_lengths_of_requests_and_of_tokens(form, heads: int, splits: int):
+    q, indices = random_queries(0, 4, 2, heads), random_indices(2, 4, 2, 200, slots=512)
     for lengths in ([0, 1, 1000, -5], [[0, 1], [64, 65], [INT_MAX, 200], [INT_MIN, 199]]):
         wide = np.broadcast_to(np.reshape(lengths, (4, -1)), (4, 2))[..., None]
         used = np.where(np.arange(200) < wide, np.asarray(indices), -1)
@@ -105,26 +108,28 @@ def test_lengths_of_requests_and_of_tokens(form, splits: int):
 
 
 @every_format
+@both_kinds
 @pytest.mark.parametrize("splits", [1, 2])
-def test_nothing_to_attend_gives_zero_and_minus_infinity(form, splits: int):
+def test_nothing_to_attend_gives_zero_and_minus_infinity(form, heads: int, splits: int):
     rows = poison_all(rows_of(form, 1, 8))
     bad = jnp.array([-1, INT_MIN, 8, INT_MAX, -123456, 9], jnp.int32)
     indices = bad[jnp.arange(3 * 130).reshape(3, 1, 130) % 6]
     for sink in (None, 0.5, float("inf"), float("-inf")):
-        sinks = None if sink is None else jnp.full(9, sink, jnp.float32)
-        q = random_queries(0, 3, 1, 9)
+        sinks = None if sink is None else jnp.full(heads, sink, jnp.float32)
+        q = random_queries(0, 3, 1, heads)
         out, lse = decode(q, rows, indices, attn_sink=sinks, num_splits=splits)
-        same_bits(out, jnp.zeros((3, 1, 9, 512), jnp.bfloat16))
+        same_bits(out, jnp.zeros((3, 1, heads, 512), jnp.bfloat16))
         assert np.isneginf(np.asarray(lse)).all()
 
 
 @every_format
+@both_kinds
 @pytest.mark.parametrize("splits", [1, 2])
-def test_sinks(form, splits: int):
+def test_sinks(form, heads: int, splits: int):
     """An infinite sink takes everything or nothing; lse does not see any."""
-    q, rows = random_queries(0, 2, 1, 70), rows_of(form, 1, 300)
+    q, rows = random_queries(0, 2, 1, heads), rows_of(form, 1, 300)
     indices = random_indices(2, 2, 1, 130, slots=300)
-    sink = np.linspace(-3, 9, 70).astype(np.float32)
+    sink = np.linspace(-3, 9, heads).astype(np.float32)
     sink[::5], sink[1::5] = np.inf, -np.inf
     ours = decode(q, rows, indices, attn_sink=jnp.asarray(sink), num_splits=splits)
     plain = decode(q, rows, indices, num_splits=splits)
@@ -136,13 +141,14 @@ def test_sinks(form, splits: int):
 
 
 @every_format
-def test_nan_in_a_named_row_reaches_its_results_alone(form):
+@both_kinds
+def test_nan_in_a_named_row_reaches_its_results_alone(form, heads: int):
     """NaN in the other rows is in every test above; this shows that those would see it."""
     indices = random_indices(2, 3, 1, 130, slots=300, bad=0)
     hidden = int(indices[1, 0, 77])
     indices = jnp.where((indices == hidden) & (jnp.arange(3)[:, None, None] != 1), 5, indices)
     rows = poison_all(rows_of(form, 1, 300), np.delete(np.arange(300), hidden))
-    out, lse = decode(random_queries(0, 3, 1, 20), rows, indices)
+    out, lse = decode(random_queries(0, 3, 1, heads), rows, indices, num_splits=1)
     nan = np.isnan(np.asarray(out, np.float32)).all(-1), np.isnan(np.asarray(lse))
     assert nan[0][1].all() and nan[1][1].all()
     assert np.isfinite(np.asarray(out, np.float32)[[0, 2]]).all()
@@ -150,16 +156,17 @@ def test_nan_in_a_named_row_reaches_its_results_alone(form):
 
 
 @every_format
-def test_duplicates_count_as_often_as_they_occur(form):
-    q, rows = random_queries(0, 1, 1, 16), rows_of(form, 1, 40)
+@both_kinds
+def test_duplicates_count_as_often_as_they_occur(form, heads: int):
+    q, rows = random_queries(0, 1, 1, heads), rows_of(form, 1, 40)
     once = jnp.array([[[7, 31]]], jnp.int32)
     twice, uneven = jnp.tile(once, (1, 1, 40)), jnp.array([[[7, 31, 7]]], jnp.int32)
-    ours, single = decode(q, rows, twice), decode(q, rows, once)
+    ours, single = (decode(q, rows, slots, num_splits=1) for slots in (twice, once))
     assert_close(ours[0], single[0], abs_tol=1e-3, rel_tol=8e-3)
     assert_close(ours[1], single[1] + np.float32(np.log(40)), abs_tol=1e-5, rel_tol=1e-6)
     exact = exact_decode(q, [(rows, uneven, None)], sm_scale=SCALE)
     lse_abs = SINGLE_KEY_LSE if form is FP32 else 1e-5
-    assert_exact(decode(q, rows, uneven), exact, lse_abs=lse_abs)
+    assert_exact(decode(q, rows, uneven, num_splits=1), exact, lse_abs=lse_abs)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +200,11 @@ def test_a_second_cache_in_another_layout(form, extra_form, splits: int | None):
 
 
 @every_format
+@pytest.mark.parametrize("heads", [30, 64])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(form, splits: int):
-    """Among 150 queries other tiles of heads are chosen than for one."""
-    q, rows = random_queries(0, 150, 1, 64), rows_of(form, 1, 700)
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(form, heads: int, splits: int):
+    """Among 150 queries other tiles of 30 heads are chosen than for one."""
+    q, rows = random_queries(0, 150, 1, heads), rows_of(form, 1, 700)
     indices = random_indices(2, 150, 1, 300, slots=700)
     together = decode(q, rows, indices, num_splits=splits)
     same_bits(decode(q, rows, indices, num_splits=splits), together)
@@ -209,24 +217,26 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(form, splits: int):
 
 
 @every_format
-def test_the_first_heads_do_not_depend_on_the_others(form):
-    q, rows = random_queries(0, 5, 1, 128), rows_of(form, 1, 300)
+@pytest.mark.parametrize(("all_heads", "fewer"), [(32, (1, 16, 17)), (128, (33, 64, 65))])
+def test_the_first_heads_do_not_depend_on_the_others(form, all_heads: int, fewer: tuple[int, ...]):
+    """Among blocks of one kind; 32 is where the kinds meet."""
+    q, rows = random_queries(0, 5, 1, all_heads), rows_of(form, 1, 300)
     indices = random_indices(2, 5, 1, 200, slots=300)
     together = decode(q, rows, indices, num_splits=2)
-    for heads in (1, 16, 17, 40, 65):
+    for heads in fewer:
         some = decode(q[:, :, :heads], rows, indices, num_splits=2)
         same_bits(some, take(together, np.s_[:, :, :heads]))
 
 
 @every_format
-def test_heads_of_very_different_magnitude(form):
+@both_kinds
+def test_heads_of_very_different_magnitude(form, heads: int):
     """From one whose keys all weigh the same to one that attends to a single key."""
-    heads = 26
     size = jnp.logspace(-6, 6, heads, dtype=jnp.float32)
     q = random_queries(0, 2, 1, heads).astype(jnp.float32) * size[None, None, :, None]
     q = q.astype(jnp.bfloat16)
     rows, indices = rows_of(form, 1, 600), random_indices(2, 2, 1, 300, slots=600)
-    out, lse = decode(q, rows, indices)
+    out, lse = decode(q, rows, indices, num_splits=1)
     exact_out, exact_lse = exact_decode(q, [(rows, indices, None)], sm_scale=SCALE)
     largest = np.abs(exact_lse)
     difference = np.abs(np.asarray(lse, np.float64) - exact_lse)
@@ -242,7 +252,8 @@ def test_heads_of_very_different_magnitude(form):
 
 
 @pytest.mark.parametrize("form", [POW2, FP32], ids=["pow2", "fp32"])
-def test_block_scales_far_apart(form):
+@both_kinds
+def test_block_scales_far_apart(form, heads: int):
     """Groups of one row, and rows, whose scales differ by powers of ten."""
     rng = np.random.default_rng(3)
     groups = np.repeat(10.0 ** rng.uniform(-2, 1, (400, 4)), 128, axis=1)
@@ -250,8 +261,8 @@ def test_block_scales_far_apart(form):
         -2, 0, (400, 1)
     )
     rows = rows_of(form, 1, 400, factors=factors.astype(np.float32))
-    q, indices = random_queries(0, 3, 1, 40), random_indices(2, 3, 1, 150, slots=400)
-    out, lse = decode(q, rows, indices)
+    q, indices = random_queries(0, 3, 1, heads), random_indices(2, 3, 1, 150, slots=400)
+    out, lse = decode(q, rows, indices, num_splits=1)
     exact_out, exact_lse = exact_decode(q, [(rows, indices, None)], sm_scale=SCALE)
     assert relative_error(np.asarray(out, np.float64), exact_out) <= 2.5e-3
     # One group makes up a row's logit then, and products with fp32 scales are rounded to 11 bits.
@@ -259,8 +270,9 @@ def test_block_scales_far_apart(form):
 
 
 @pytest.mark.parametrize("form", [POW2, FP32], ids=["pow2", "fp32"])
+@both_kinds
 @pytest.mark.parametrize("zeros", [150, 149, 75])
-def test_rows_of_a_fresh_cache(form, zeros):
+def test_rows_of_a_fresh_cache(form, heads: int, zeros: int):
     """Rows of zeros have scales of zero; their logits are 0, and they count."""
     rows, fresh = rows_of(form, 1, 150), rows_of(form, 1, 150, factors=np.zeros((150, 576)))
     leaves: dict[str, Any] = {
@@ -268,8 +280,9 @@ def test_rows_of_a_fresh_cache(form, zeros):
     }
     written = jnp.arange(150 - zeros, dtype=jnp.int32)
     rows = dataclasses.replace(fresh, **leaves).set(written, rows.gather(written))
-    q, indices = random_queries(0, 2, 1, 20), jnp.tile(jnp.arange(150, dtype=jnp.int32), (2, 1, 1))
-    ours = decode(q, rows, indices)
+    q = random_queries(0, 2, 1, heads)
+    indices = jnp.tile(jnp.arange(150, dtype=jnp.int32), (2, 1, 1))
+    ours = decode(q, rows, indices, num_splits=1)
     exact = exact_decode(q, [(rows, indices, None)], sm_scale=SCALE)
     assert_exact(ours, exact, lse_abs=SINGLE_KEY_LSE if form is FP32 else 1e-5)
 
