@@ -1,8 +1,9 @@
 """Sparse MLA decode on Hopper: attention of each query to rows of a cache chosen one by one.
 
 A block of the grid serves one query, up to 64 of its heads and one part of its keys, with four
-warpgroups: one brings the named rows into shared memory, one computes logits and softmax, two compute
-256 columns of the output each. There are two kinds: `narrow` blocks for few heads, `wide` ones for 64.
+warpgroups: one brings the named rows into shared memory, one computes logits and softmax, two
+compute 256 columns of the output each. There are two kinds: `narrow` blocks for few heads, `wide`
+ones for 64.
 """
 
 from pallas_kernels.device.formats import FORMATS
