@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
+from jmla import _xla_attention
 from jmla.layouts.base import KVLayout, Rows
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
@@ -106,10 +107,8 @@ def sparse_decode(
     """`jmla.sparse_decode` of arguments that `unsupported_reasons` has nothing against.
 
     vmap over the arguments of the queries alone (q, indices, lengths) makes them one larger batch;
-    over any other argument it runs the kernel once for each element.
-
-    Raises:
-        NotImplementedError: it is differentiated.
+    over any other argument it runs the kernel once for each element. Derivatives are computed by
+    XLA, which repeats the attention for them.
     """
     batch = q.shape[:2]
     caches = [(rows, indices, topk_length)]
@@ -144,10 +143,26 @@ def _attend(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Resu
 
 
 @_attend.defjvp
-def _no_gradient(num_splits: int | None, primals: object, tangents: object) -> Any:
-    raise NotImplementedError(
-        "implementation='mosaic_gpu' of sparse_decode has no gradient: expected a call that is not "
-        "differentiated; pass implementation='xla' for one that is"
+def _with_derivatives_of_xla(
+    num_splits: int | None, primals: tuple[_Queries, _Shared], tangents: tuple[Any, Any]
+) -> tuple[_Results, _Results]:
+    _, moved = jax.jvp(functools.partial(_by_xla, num_splits), primals, tangents)
+    return _attend(*primals, num_splits), moved
+
+
+def _by_xla(num_splits: int | None, queries: _Queries, shared: _Shared) -> _Results:
+    lists = [
+        _xla_attention.slot_list(cache, indices, lengths)
+        for cache, indices, lengths in zip(
+            shared.caches, queries.indices, queries.lengths, strict=True
+        )
+    ]
+    return _xla_attention.decode(
+        queries.q,
+        lists,
+        sm_scale=shared.sm_scale,
+        attn_sink=shared.attn_sink,
+        num_splits=num_splits,
     )
 
 

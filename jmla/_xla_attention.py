@@ -29,6 +29,8 @@ HEAD_BLOCK = 16
 KEYS_PER_STEP = 2048
 DECODE_ROWS_PER_STEP = 16
 MAX_ROWS_PER_STEP = 128
+# Measured on two cores: a decode of one request took 0.5 ms and 2.7 ms in steps of 1 and 16 rows.
+CPU_DECODE_ROWS_PER_STEP = 1
 MAX_GATHERED_ROWS = DECODE_ROWS_PER_STEP * KEYS_PER_STEP
 
 
@@ -51,6 +53,20 @@ class KeyLists(NamedTuple):
 _Results = tuple[
     BFloat16[Array, "n tokens h value"], Float[Array, "n tokens h"], Float[Array, "n tokens h"]
 ]
+
+
+def slot_list(
+    rows: Rows, indices: Int[Array, "*rows topk"], topk_length: Int[Array, "..."] | None
+) -> KeyLists:
+    """One list of keys per query token: a slot is a page of one token."""
+    *batch, topk = indices.shape
+    if topk_length is None:
+        lengths = jnp.full(batch, topk, jnp.int32)
+    else:
+        missing = len(batch) - topk_length.ndim
+        lengths = jnp.broadcast_to(topk_length.reshape(topk_length.shape + (1,) * missing), batch)
+    n = math.prod(batch)
+    return KeyLists(rows, indices.reshape(n, topk), lengths.reshape(n, 1))
 
 
 class _Softmax(NamedTuple):
@@ -101,6 +117,28 @@ def attend(
         cpu=functools.partial(loop, rows_per_step=cpu_rows_per_step),
         default=functools.partial(loop, rows_per_step=rows_per_step),
     )
+
+
+def decode(
+    q: BFloat16[Array, "n h width"],
+    lists: Sequence[KeyLists],
+    *,
+    sm_scale: float | Float[Array, ""],
+    attn_sink: Float[Array, " h"] | None,
+    num_splits: int | None,
+) -> tuple[BFloat16[Array, "n h value"], Float[Array, "n h"]]:
+    """out and lse of query tokens that each have a `slot_list` of their own in every cache."""
+    out, _, lse = attend(
+        q[:, None],
+        lists,
+        page_sizes=(1,) * len(lists),
+        sm_scale=sm_scale,
+        attn_sink=attn_sink,
+        rows_per_step=DECODE_ROWS_PER_STEP,
+        cpu_rows_per_step=CPU_DECODE_ROWS_PER_STEP,
+        num_splits=num_splits or 1,
+    )
+    return out[:, 0], lse[:, 0]
 
 
 def widest_step(num_keys: int) -> int:

@@ -13,6 +13,8 @@ What all of them share:
 - A row of queries with nothing to attend gives out 0, lse -inf and max_logits -inf.
 - `attn_sink` adds a key of that logit and of value zero to each head; it may be infinite.
 - Wrong arguments raise ValueError when the op is traced.
+- Derivatives are with respect to q, sm_scale and the sinks. Cache rows are data: `"xla"` and
+  `"mosaic_gpu"` give zero for them.
 
 `implementation`:
 
@@ -23,15 +25,14 @@ What all of them share:
   two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64). It reads FP8 and FP4
   values as they are stored, without rounding them to bf16 on the way. With `num_splits` given, a
   row's bits do not depend on the batch, and on the number of heads only in whether it is above 32;
-  None chooses by the shapes. It has no gradient. A call that it does not serve raises
-  NotImplementedError with every reason. Any machine can trace and lower it, to compile it ahead of
-  time; it compiles for Hopper only.
+  None chooses by the shapes. Its derivatives are those of `"xla"`. A call that it does not serve
+  raises NotImplementedError with every reason. Any machine can trace and lower it, to compile it
+  ahead of time; it compiles for Hopper only.
 - `"reference"` is `jmla.reference`.
 - None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
   kernel serves the call, and `"xla"` otherwise.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -46,9 +47,7 @@ from jmla.layouts.base import Rows
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 """The code that computes an op; None in its place means the best one that serves the call."""
 
-# Measured on two cores: a decode of one request took 0.5 ms and 2.7 ms in steps of 1 and 16 rows,
-# 4096 prompt tokens 0.5 s and 0.2 s.
-_CPU_DECODE_ROWS_PER_STEP = 1
+# See `_xla_attention.CPU_DECODE_ROWS_PER_STEP`; 4096 prompt tokens took 0.5 s and 0.2 s.
 _CPU_PREFILL_ROWS_PER_STEP = 16
 
 
@@ -129,18 +128,15 @@ def sparse_decode(
             extra_topk_length=extra_topk_length,
         )
 
-    lists = [_slot_lists(rows, indices, topk_length)]
+    lists = [_xla_attention.slot_list(rows, indices, topk_length)]
     if extra_rows is not None and extra_indices is not None:
-        lists.append(_slot_lists(extra_rows, extra_indices, extra_topk_length))
-    out, _, lse = _xla_attention.attend(
-        q.reshape(q.shape[0] * q.shape[1], 1, *q.shape[2:]),
+        lists.append(_xla_attention.slot_list(extra_rows, extra_indices, extra_topk_length))
+    out, lse = _xla_attention.decode(
+        q.reshape(q.shape[0] * q.shape[1], *q.shape[2:]),
         lists,
-        page_sizes=(1,) * len(lists),
         sm_scale=sm_scale,
         attn_sink=attn_sink,
-        rows_per_step=_xla_attention.DECODE_ROWS_PER_STEP,
-        cpu_rows_per_step=_CPU_DECODE_ROWS_PER_STEP,
-        num_splits=num_splits or 1,
+        num_splits=num_splits,
     )
     return out.reshape(*q.shape[:3], rows.value_dim), lse.reshape(q.shape[:3])
 
@@ -186,7 +182,7 @@ def sparse_prefill(
 
     out, max_logits, lse = _xla_attention.attend(
         q[:, None],
-        [_slot_lists(rows, indices, topk_length)],
+        [_xla_attention.slot_list(rows, indices, topk_length)],
         page_sizes=(1,),
         sm_scale=sm_scale,
         attn_sink=attn_sink,
@@ -245,7 +241,7 @@ def dense_decode(
         sm_scale=sm_scale,
         attn_sink=None,
         rows_per_step=_xla_attention.DECODE_ROWS_PER_STEP,
-        cpu_rows_per_step=_CPU_DECODE_ROWS_PER_STEP,
+        cpu_rows_per_step=_xla_attention.CPU_DECODE_ROWS_PER_STEP,
         num_splits=1,
     )
     return out, lse
@@ -304,17 +300,3 @@ def _no_kernel(op: str) -> list[str]:
 
 def _on_hopper() -> bool:
     return detect_platform() == _mosaic_decode.PLATFORM
-
-
-def _slot_lists(
-    rows: Rows, indices: Int[Array, "*rows topk"], topk_length: Int[Array, "..."] | None
-) -> _xla_attention.KeyLists:
-    """One list of keys per query token: a slot is a page of one token."""
-    *batch, topk = indices.shape
-    if topk_length is None:
-        lengths = jnp.full(batch, topk, jnp.int32)
-    else:
-        missing = len(batch) - topk_length.ndim
-        lengths = jnp.broadcast_to(topk_length.reshape(topk_length.shape + (1,) * missing), batch)
-    n = math.prod(batch)
-    return _xla_attention.KeyLists(rows, indices.reshape(n, topk), lengths.reshape(n, 1))
