@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import peers, records, sparse_decode
 from benchmarks.floors import measure_ceilings
-from benchmarks.inputs import LAYOUTS
+from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
 from jmla.attention import Implementation
 from jmla.layouts import ScaleFormat
@@ -27,6 +27,7 @@ TABLE_WIDTH = 180
 SIZES = sparse_decode.Sizes()
 
 CASES = {case.name: case for case in sparse_decode.CASES}
+NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
 
 
@@ -43,19 +44,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op.add_argument(
         "--layouts",
         default="656",
-        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
+        help=f"of {','.join(NAMES)} (default: %(default)s, the one that the peer reads)",
     )
     op.add_argument(
         "--scale-formats",
         default=",".join(SCALE_FORMATS),
-        help="of layout 656 (default: %(default)s)",
+        help="of layouts 656 and 656-packed (default: %(default)s)",
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
     op.add_argument(
         "--peer",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also time FlashMLA over layout 656; needs PyTorch and sgl-flash-mla",
+        help="also time FlashMLA over these; needs PyTorch and sgl-flash-mla",
     )
     op.add_argument(
         "--timer",
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         cases = chosen(options.cases, CASES, "--cases")
-        layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
+        layouts = chosen(options.layouts, NAMES, "--layouts")
         scale_formats = chosen(options.scale_formats, SCALE_FORMATS, "--scale-formats")
         measured = sparse_decode.caches(layouts, scale_formats)
         if options.peer and any(cache.has_peer for cache in measured):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Int
 
-from jmla import KVLayout, Rows, quantize
+from jmla import KVLayout, Rows, from_bytes, quantize, to_bytes
 from jmla.layouts import ScaleFormat
 
 IndexKind = Literal["uniform", "clustered"]
@@ -23,6 +23,9 @@ LAYOUTS = {
     "fp4": KVLayout.FP4,
     "584": KVLayout.FP8_V4,
 }
+
+IN_PLACE = {"656-packed": "656", "584-pages": "584"}
+"""Layouts as the bytes of other engines, which stay as they are."""
 
 SM_SCALE = 0.1352337789  # DeepSeek-V3.2
 # With latents of unit variance, logits of a standard deviation of about 1.
@@ -70,6 +73,17 @@ def random_cache(
         return jax.lax.map(part, keys).reshape(slots // page_size, page_size)
 
     return jax.block_until_ready(make(jax.random.split(jax.random.key(seed), slots // step)))
+
+
+def packed_in_place(rows: Rows, scale_format: ScaleFormat | None) -> Rows:
+    """The same rows as another engine's bytes, read where they are."""
+    return from_bytes(
+        jax.block_until_ready(to_bytes(rows)),
+        rows.layout,
+        scale_format=scale_format or "pow2",
+        page_size=rows.shape[1] if rows.layout is KVLayout.FP8_V4 else None,
+        in_place=True,
+    )
 
 
 def random_slots(

@@ -13,7 +13,16 @@ import numpy as np
 import jmla
 from benchmarks import accuracy
 from benchmarks.floors import Ceilings, Gather, floor_us
-from benchmarks.inputs import LAYOUTS, SM_SCALE, IndexKind, Inputs, random_cache, random_inputs
+from benchmarks.inputs import (
+    IN_PLACE,
+    LAYOUTS,
+    SM_SCALE,
+    IndexKind,
+    Inputs,
+    packed_in_place,
+    random_cache,
+    random_inputs,
+)
 from benchmarks.peers import FlashMLA
 from benchmarks.records import Environment, Record
 from benchmarks.timing import MeasurementError, Timer
@@ -82,7 +91,12 @@ class Cache:
     @property
     def has_peer(self) -> bool:
         """FlashMLA is run over the block-scale layout alone."""
-        return self.layout == "656"
+        return self.stored_as == "656"
+
+    @property
+    def stored_as(self) -> str:
+        """The name of the layout, however its bytes lie."""
+        return IN_PLACE.get(self.layout, self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +122,7 @@ def caches(layouts: Sequence[str], scale_formats: Sequence[ScaleFormat]) -> list
     return [
         Cache(layout, scale_format)
         for layout in layouts
-        for scale_format in (scale_formats if layout == "656" else (None,))
+        for scale_format in (scale_formats if Cache(layout, None).has_peer else (None,))
     ]
 
 
@@ -150,7 +164,7 @@ class Bench:
         gathers: dict[tuple, float] = {}
         for cache in measured:
             rows = random_cache(
-                LAYOUTS[cache.layout],
+                LAYOUTS[cache.stored_as],
                 slots=self.sizes.slots,
                 page_size=self.sizes.page_size,
                 scale_format=cache.scale_format or "pow2",
@@ -158,6 +172,8 @@ class Bench:
             peer = None
             if self.with_peer and cache.has_peer:
                 peer = FlashMLA.over(jmla.to_bytes(rows), sm_scale=SM_SCALE)
+            if cache.layout in IN_PLACE:
+                rows = packed_in_place(rows, cache.scale_format)
             for case in cases:
                 try:
                     yield self._measure(case, cache, rows, peer, gathers)

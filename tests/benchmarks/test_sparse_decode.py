@@ -75,6 +75,11 @@ def test_only_block_scales_come_in_two_formats():
         Cache("656", "fp32"),
         Cache("fp4", None),
     ]
+    assert caches(["656-packed", "584-pages"], ["fp32"]) == [
+        Cache("656-packed", "fp32"),
+        Cache("584-pages", None),
+    ]
+    assert Cache("656-packed", "fp32").has_peer and not Cache("584-pages", None).has_peer
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,21 @@ def test_a_tiny_case_whose_value_is_the_whole_row():
     assert record.bytes == 4 * 70 * 584
     assert record.flops == 2 * 4 * 70 * 2 * (512 + 512)
     assert 0.0 < record.error < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("packed", "apart"),
+    [
+        (Cache("656-packed", "pow2"), Cache("656", "pow2")),
+        (Cache("584-pages", None), Cache("584", None)),
+    ],
+    ids=["656", "584"],
+)
+def test_bytes_in_place_give_what_rows_apart_give(packed: Cache, apart: Cache):
+    ours, wanted = bench().run([TINY], [packed, apart], failed=refuse)
+    assert ours.case.startswith(f"layout={packed.layout} ")
+    assert (ours.bytes, ours.flops) == (wanted.bytes, wanted.flops)
+    assert (ours.error, ours.lse_error) == (wanted.error, wanted.lse_error)
 
 
 def test_what_has_no_kernel_is_reported_and_the_rest_goes_on():
