@@ -207,16 +207,20 @@ class RowFormat:
         if not self.block_scales:
             store_shared(tokens + row * 4, [select(masked, f32(-math.inf), f32(0.0))], BIAS)
             return
-        top = scales[0] & 0x7F800000
-        for scale in scales[1:]:
-            exponent = scale & 0x7F800000
-            top = select(top < exponent, exponent, top)
-        inverse = self._store_power(tokens, row, masked, self._power(top), rows)
+        inverse = self._store_power(tokens, row, masked, self.power_of(scales), rows)
         for group, scale in enumerate(scales):
             relative = select(masked, f32(0.0), scale.as_f32() * inverse)
             rounded = store_f16(tokens + row * 2, relative, self.relative_scale(group, rows))
             if not self.scales_are_powers:
                 store_f16(tokens + row * 2, relative - rounded, self.scale_rest(group, rows))
+
+    def power_of(self, scales: Sequence[Value]) -> Value:
+        """The bits of a row's 2^e, from those of its scales."""
+        top = scales[0] & 0x7F800000
+        for scale in scales[1:]:
+            exponent = scale & 0x7F800000
+            top = select(top < exponent, exponent, top)
+        return self._power(top)
 
     def _power(self, top: Value) -> Value:
         """The bits of a row's 2^e, from those of its largest scale's power of two."""

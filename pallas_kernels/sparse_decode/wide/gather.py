@@ -13,9 +13,9 @@ from pallas_kernels.device.memory import (
     store_shared,
 )
 from pallas_kernels.device.row_formats import (
-    SMALLEST_POWER,
     TILE,
     Part,
+    RowFormat,
     e4m3_pairs,
     fma_f16,
     multiply_bf16,
@@ -128,19 +128,15 @@ class _Scales:
     rest: list[Value] | None
 
     @classmethod
-    def of(cls, scales: list[Value], are_powers: bool) -> "_Scales":
+    def of(cls, row_format: RowFormat, scales: list[Value]) -> "_Scales":
         """From the bits of the scales."""
-        top = scales[0] & 0x7F800000
-        for scale in scales[1:]:
-            exponent = scale & 0x7F800000
-            top = select(top < exponent, exponent, top)
-        top = select(top < SMALLEST_POWER, i32(SMALLEST_POWER), top)
-        inverse = (i32(254 << 23) - top).as_f32()
-        bias = int_to_float((top >> 23) - 127)
+        power = row_format.power_of(scales)
+        inverse = (i32(254 << 23) - power).as_f32()
+        bias = int_to_float((power >> 23) - 127)
         numbers = [scale.as_f32() * inverse for scale in scales]
         pairs = [_twice_f16(x) for x in numbers]
         rest = None
-        if not are_powers:
+        if not row_format.scales_are_powers:
             rest = [_twice_f16(x - y)[0] for x, (_, y) in zip(numbers, pairs, strict=True)]
         return cls(bias, inverse, [word for word, _ in pairs], rest)
 
@@ -263,8 +259,7 @@ class _Converter(_Rows):
     def _scale(self, r: int) -> _Scales | None:
         if self.block.format.scale is None:
             return None
-        row = load_shared(self._scales_stage(r), "rrrr")
-        return _Scales.of(row, self.block.format.scales_are_powers)
+        return _Scales.of(self.block.format, load_shared(self._scales_stage(r), "rrrr"))
 
     def _scaled(self, pair: Value, scale: _Scales, group: int) -> Value:
         product = multiply_f16(pair, scale.relative[group])
