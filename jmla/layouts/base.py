@@ -114,7 +114,7 @@ class TokenRows(abc.ABC):
                 f"of token shape {self.shape}"
             )
         n = len(self.shape)
-        return self._map_tokens(lambda leaf: leaf.reshape(*token_axes, *leaf.shape[n:]))
+        return self.map_tokens(lambda leaf: leaf.reshape(*token_axes, *leaf.shape[n:]))
 
     def flat(self) -> Self:
         """The same rows with token axes merged to `(num_slots,)`."""
@@ -128,7 +128,7 @@ class TokenRows(abc.ABC):
                 whatever the cache holds; a negative slot is not counted from the end.
         """
         check_slots(slots)
-        return self.flat()._map_tokens(lambda leaf: _take(leaf, slots))
+        return self.flat().map_tokens(lambda leaf: _take(leaf, slots))
 
     def set(self, slots: Int[Array, "..."], new: Self) -> Self:
         """These rows with `new` stored at `slots`.
@@ -149,10 +149,11 @@ class TokenRows(abc.ABC):
             raise ValueError(f"new rows are {theirs}: expected the format of the cache, {ours}")
         if new.shape != slots.shape:
             raise ValueError(f"{new.shape=}: expected one row per slot, {slots.shape=}")
-        stored = self.flat()._map_tokens(lambda leaf, rows: _put(leaf, slots, rows), new)
+        stored = self.flat().map_tokens(lambda leaf, rows: _put(leaf, slots, rows), new)
         return stored.reshape(*self.shape)
 
-    def _map_tokens(self, fn: Callable[..., Array], *others: Self) -> Self:
+    def map_tokens(self, fn: Callable[..., Array], *others: Self) -> Self:
+        """`fn` of each leaf that has a row per token, with that leaf of the `others`."""
         leaves = {
             name: fn(getattr(self, name), *(getattr(other, name) for other in others))
             for name in self.token_leaves
@@ -206,16 +207,17 @@ class Rows(TokenRows):
 def _take(leaf: Array, slots: Int[Array, "..."]) -> Array:
     if leaf.shape[0] == 0:  # JAX refuses to gather from an empty axis
         return jnp.zeros((*slots.shape, *leaf.shape[1:]), leaf.dtype)
-    taken = _movable(leaf).at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    taken = movable(leaf).at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     return jax.lax.bitcast_convert_type(taken, leaf.dtype)
 
 
 def _put(leaf: Array, slots: Int[Array, "..."], rows: Array) -> Array:
-    stored = _movable(leaf).at[slots].set(_movable(rows), mode="drop", wrap_negative_indices=False)
+    stored = movable(leaf).at[slots].set(movable(rows), mode="drop", wrap_negative_indices=False)
     return jax.lax.bitcast_convert_type(stored, leaf.dtype)
 
 
-def _movable(leaf: Array) -> Array:
+def movable(leaf: Array) -> Array:
+    """A leaf as what rows are gathered and scattered as: 8-bit floats as bytes."""
     # XLA's CPU backend widens a gather or scatter of 8-bit floats, and with it the whole cache.
     if leaf.dtype.itemsize == 1:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint8)
