@@ -1,0 +1,1 @@
+"""Runs the kernels' own Python code on a CPU: numpy in place of MLIR, 128 threads at a time."""

@@ -1,0 +1,73 @@
+"""One block of a grid: its memory, its barriers and its warpgroups."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+import tests.emulator.accesses
+import tests.emulator.arithmetic  # noqa: F401
+from tests.emulator.barriers import Barriers
+from tests.emulator.clocks import Clocks
+from tests.emulator.copies import Copies
+from tests.emulator.faults import Fault
+from tests.emulator.global_memory import GlobalMemory
+from tests.emulator.products import Products
+from tests.emulator.scheduler import Scheduler
+from tests.emulator.shared_memory import SharedMemory, Watcher
+from tests.emulator.warpgroup import WARPS, Warpgroup, enter
+
+REGISTERS = 512  # of a thread of each warpgroup, in sum
+
+
+class Block:
+    """A block while it runs.
+
+    Attributes:
+        memory: of the launch.
+        shared: memory.
+        clocks: of its warps.
+        barriers: of both kinds.
+        warpgroups: in order.
+        number: in the grid.
+        registers: per thread, of the warpgroups that have said so.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        memory: GlobalMemory,
+        sizes: Sequence[int],
+        warpgroups: int,
+        *,
+        seed: int,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        self.number, self.memory = number, memory
+        self.clocks = Clocks(WARPS * warpgroups)
+        self.shared = SharedMemory(sizes, self.clocks)
+        self.shared.watchers += watchers
+        self._scheduler = Scheduler(seed)
+        self.barriers = Barriers(self.shared, self.clocks, self._scheduler)
+        self.warpgroups = [Warpgroup(self, i, Copies(), Products()) for i in range(warpgroups)]
+        self.registers: dict[int, int] = {}
+
+    def run(self, code: Callable[[], None]) -> None:
+        """Every warpgroup runs the code."""
+
+        def main(group: Warpgroup) -> None:
+            enter(group)
+            # Numbers may overflow, and NaN may be compared, without a word.
+            with np.errstate(all="ignore"):
+                code()
+            group.copies.expect_none()
+            group.products.expect_none()
+
+        self._scheduler.run(
+            [
+                (f"warpgroup {group.number}", lambda group=group: main(group))  # type: ignore[misc]
+                for group in self.warpgroups
+            ]
+        )
+        used = sum(self.registers.values())
+        if used > REGISTERS or any(count % 8 for count in self.registers.values()):
+            raise Fault(f"{self.registers=}: expected multiples of 8, in sum {REGISTERS=}")

@@ -1,0 +1,194 @@
+"""Products of the tensor cores, whose sums may be read once they were waited for."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.emulator.arithmetic import FLOATS, pairs
+from tests.emulator.faults import Fault
+from tests.emulator.lanes import LANES, WARP, F32Type, Lanes, Type
+from tests.emulator.ptx import instruction
+from tests.emulator.warpgroup import WARPS, Warpgroup, current
+
+K = 16
+ROWS = 64
+_ROW_BYTES = 128
+_SWIZZLE_128 = 1
+
+_PRODUCT = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2 "
+    r"\{[^}]*\}, (\{[^}]*\}|\$\d+), \$\d+, ([^;]*);"
+)
+
+
+class Group:
+    """Products that are waited for together.
+
+    Attributes:
+        words: of shared memory that they read.
+        finished: whether they were waited for.
+    """
+
+    def __init__(self) -> None:
+        self.words: list[np.ndarray] = []
+        self.finished = False
+
+
+class Sum(Lanes):
+    """A sum that products add to; not to be read before their group has finished."""
+
+    __slots__ = ("group", "held")
+
+    def __init__(self, held: np.ndarray, group: Group) -> None:
+        self.held, self.group = held, group
+
+    @property
+    def array(self) -> np.ndarray:  # type: ignore[override]
+        if not self.group.finished:
+            raise Fault("a sum is read before its products were waited for")
+        return self.held
+
+    @property
+    def type(self) -> Type:
+        return F32Type.get()
+
+
+class Products:
+    """Those that one warpgroup has under way, in groups."""
+
+    def __init__(self) -> None:
+        self._groups: list[Group] = []
+        self._open = Group()
+
+    def issue(self, text: str, size: int, operands: list[Lanes]) -> list[Lanes]:
+        """D + A B: `operands` are D, A as four words or a descriptor, and a descriptor of B."""
+        match = _PRODUCT.fullmatch(text)
+        group = current()
+        group.expect_all("wgmma")
+        if match is None or int(match[1]) != 2 * size:
+            raise NotImplementedError(f"{text=}: the emulator does not know this product")
+        flags = [int(flag) for flag in match[4].split(",")]
+        adds, transposed, kind = flags[0], flags[-1], FLOATS[match[2]]
+        if flags[1:3] != [1, 1] or (match[3][0] == "$" and flags[3]):
+            raise NotImplementedError(f"{flags=}: expected no other signs, and A as it is")
+        b = self._shared(group, _address(operands[-1]), 2 * size, bool(transposed)).view(kind)
+        if match[3].startswith("{"):
+            a = _left_operand(operands[size:-1], kind)
+        else:
+            left = self._shared(group, _address(operands[size]), ROWS, False)
+            a = left.view(kind).astype(np.float32)
+        right = b.astype(np.float32)
+        product = a @ (right if transposed else right.T)
+        own = product[_places(size)]
+        sums = [x.held if isinstance(x, Sum) else x.array for x in operands[:size]]
+        return [Sum(x + y if adds else y, self._open) for x, y in zip(sums, own, strict=True)]
+
+    def commit(self) -> None:
+        self._groups.append(self._open)
+        self._open = Group()
+
+    def wait(self, pending: int) -> None:
+        """All groups but the last `pending` finish."""
+        group = current()
+        count = max(0, len(self._groups) - pending)
+        warps = _warps(group)
+        races = group.block.shared.races
+        for finished in self._groups[:count]:
+            finished.finished = True
+            for words in finished.words:
+                races.finish_product(words, warps)
+        self._groups = self._groups[count:]
+        for running in (*self._groups, self._open):
+            for words in running.words:
+                races.begin_product(words, warps)
+
+    def expect_none(self) -> None:
+        """Raises `Fault` if a warpgroup that ends has not waited for its products."""
+        if self._groups or self._open.words:
+            raise Fault(f"{len(self._groups)=}: products without a wait")
+
+    def _shared(self, group: Warpgroup, at: "_Address", rows: int, transposed: bool) -> np.ndarray:
+        """An operand as words: [rows, 8], of two k each, or [16, rows // 2] if transposed."""
+        addresses = at.start + _offsets(rows, transposed, at.atoms, at.columns)
+        # The bits of the address choose, wherever the operand begins.
+        addresses ^= ((addresses >> 7) & 7) << 4
+        loaded = group.block.shared.multiplied(addresses)
+        words = (addresses >> 2).ravel()
+        group.block.shared.races.begin_product(words, _warps(group))
+        self._open.words.append(words)
+        return np.ascontiguousarray(loaded)
+
+
+class _Address(NamedTuple):
+    """A descriptor: where an operand begins, and the strides of atoms and of 64 columns."""
+
+    start: int
+    atoms: int
+    columns: int
+
+
+def _address(operand: Lanes) -> _Address:
+    if (operand.array != operand.array[0]).any():
+        raise Fault(f"{operand.array=}: expected one descriptor of all threads")
+    bits = int(operand.array[0])
+    if bits >> 62 != _SWIZZLE_128 or bits >> 46 & 0xFFFF:
+        raise NotImplementedError(f"{bits=:#x}: expected a swizzle of 128 bytes, and no base")
+    return _Address(*((bits >> shift & 0x3FFF) << 4 for shift in (0, 32, 16)))
+
+
+@functools.cache
+def _offsets(rows: int, transposed: bool, atoms: int, columns: int) -> np.ndarray:
+    """The offsets of the words of an operand; rows are columns of B if it is transposed."""
+    if not transposed:
+        row, word = np.meshgrid(np.arange(rows), np.arange(K // 2), indexing="ij")
+        return (row >> 3) * atoms + (row & 7) * _ROW_BYTES + 4 * word
+    k, word = np.meshgrid(np.arange(K), np.arange(rows // 2), indexing="ij")
+    if rows > 64 and not columns:
+        raise Fault(f"{rows=} {columns=}: expected a stride between tiles of 64 columns")
+    return (k >> 3) * atoms + (k & 7) * _ROW_BYTES + 4 * (word & 31) + (word >> 5) * columns
+
+
+def _warps(group: Warpgroup) -> range:
+    return range(group.number * WARPS, (group.number + 1) * WARPS)
+
+
+def _thread() -> tuple[np.ndarray, np.ndarray]:
+    """The upper row and the pair of columns of each thread in a fragment."""
+    lane = np.arange(LANES)
+    return 16 * (lane // WARP) + lane % WARP // 4, 2 * (lane % 4)
+
+
+def _left_operand(words: list[Lanes], kind: np.dtype) -> np.ndarray:
+    matrix = np.empty((ROWS, K), np.float32)
+    row, column = _thread()
+    for i, word in enumerate(words):
+        two = pairs(word.bits, kind).astype(np.float32)
+        for e in range(2):
+            matrix[row + 8 * (i & 1), column + 8 * (i >> 1) + e] = two[:, e]
+    return matrix
+
+
+@functools.cache
+def _places(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns [size, 128] of what each thread has of a sum."""
+    i, (row, column) = np.arange(size)[:, None], _thread()
+    return row + 8 * (i >> 1 & 1), column + 8 * (i >> 2) + (i & 1)
+
+
+@instruction(r"wgmma\.fence\.sync\.aligned", targets=0)
+def _fence(match: re.Match) -> None:
+    current().expect_all(match[0])
+
+
+@instruction(r"wgmma\.commit_group\.sync\.aligned", targets=0)
+def _commit(match: re.Match) -> None:
+    current().expect_all(match[0])
+    current().products.commit()
+
+
+@instruction(r"wgmma\.wait_group\.sync\.aligned", targets=0)
+def _wait(match: re.Match, pending: int) -> None:
+    current().expect_all(match[0])
+    current().products.wait(pending)
