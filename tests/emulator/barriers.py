@@ -58,10 +58,13 @@ class Barriers:
             places, counts = np.unique(addresses[chosen], return_counts=True)
             for address, count in zip(places.tolist(), counts.tolist(), strict=True):
                 barrier = self._at(address)
-                word = self._clocks.release(warp, count)
-                barrier.word = np.maximum(barrier.word, word)
-                for _ in range(count):
-                    barrier.missing -= 1
+                while count:
+                    # Lanes whose arrival is for the next phase say nothing in this one.
+                    lanes = min(count, barrier.missing)
+                    word = self._clocks.release(warp, lanes)
+                    barrier.word = np.maximum(barrier.word, word)
+                    barrier.missing -= lanes
+                    count -= lanes
                     if barrier.missing == 0:
                         barrier.missing, barrier.phase = barrier.count, barrier.phase + 1
                         barrier.released = barrier.word

@@ -1,12 +1,14 @@
 """Values of all threads of a warpgroup, in place of those of MLIR, and their types."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 LANES = 128
 WARP = 32
+_WORDS = {1: np.dtype(np.bool_), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
+_FLOAT = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class IntegerType:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype({1: np.bool_, 32: np.uint32, 64: np.uint64}[self.width])
+        return _WORDS[self.width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class F32Type:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+        return _FLOAT
 
 
 Type = IntegerType | F32Type
@@ -60,9 +62,8 @@ class Lanes:
         return array.view(np.uint32) if array.dtype.char == "f" else array
 
     @classmethod
-    def of_bits(cls, bits: Any, kind: Type) -> "Lanes":
+    def of_bits(cls, bits: np.ndarray, kind: Type) -> "Lanes":
         """From the bits that an instruction has left in a register."""
-        array = np.asarray(bits)
-        if array.dtype.itemsize != kind.dtype.itemsize:
-            raise TypeError(f"{array.dtype=} in a register: expected {kind=}")
-        return Lanes(np.broadcast_to(array, (LANES,)).view(kind.dtype))
+        if bits.shape != (LANES,) or bits.dtype.itemsize != kind.dtype.itemsize:
+            raise TypeError(f"{bits.shape=} {bits.dtype=} in a register: expected {kind=}")
+        return Lanes(bits.view(kind.dtype))

@@ -79,16 +79,15 @@ class Races:
     def begin_product(self, words: np.ndarray, warps: range) -> None:
         """Tensor cores read `words` [m] for the `warps`, until `finish_product`."""
         ticks, writers = self._write_tick[words], self._write_warp[words]
-        for warp in warps:
-            for known, what in (
-                (self._clocks.seen, "is not ordered before this"),
-                (self._clocks.fenced, "is not fenced for the tensor cores"),
-            ):
-                late = ticks > known[warp, writers]
-                if late.any():
-                    i = int(np.nonzero(late)[0][0])
-                    why = f"a write by warp {writers[i]} {what}"
-                    self._fail(words[i], warp * WARP, "multiplies", why)
+        for known, what in (
+            (self._clocks.seen, "is not ordered before this"),
+            (self._clocks.fenced, "is not fenced for the tensor cores"),
+        ):
+            late = ticks > known[warps.start : warps.stop].min(axis=0)[writers]
+            if late.any():
+                i = int(np.nonzero(late)[0][0])
+                why = f"a write by warp {writers[i]} {what}"
+                self._fail(words[i], warps.start * WARP, "multiplies", why)
         self._read_tick[words, warps.start : warps.stop] = UNFINISHED
         self._read_lane[words, warps.start : warps.stop] = _SEVERAL
 

@@ -30,6 +30,13 @@ from tests.helpers import assert_close
 every_program = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 READERS = ("load_keys", "load_values")
 # The smallest narrow block of each form, and the wide one.
+_PLAIN = {
+    name: each
+    for name, each in PROGRAMS.items()
+    if name.split()[0] not in ("fp8", "packed", "paged")
+}
+# Without those that differ in where their rows come from alone.
+every_plain_program = pytest.mark.parametrize("program", _PLAIN.values(), ids=_PLAIN)
 _FEW = {name: each for name, each in PROGRAMS.items() if each.wide or each.heads == 16}
 one_of_each_kind = pytest.mark.parametrize("program", _FEW.values(), ids=_FEW)
 # One key's logit shows the rounding of fp32 scales to two f16.
@@ -91,7 +98,7 @@ def test_parts_of_the_keys(program: Program):
     assert_exact(ours, exact, lse_abs=lse_tolerance(program.form))
 
 
-@every_program
+@every_plain_program
 def test_references_that_rise_again_and_again(program: Program):
     """Keys in the order of their logits, over 200 powers of two; the reverse for some heads."""
     count = 300
@@ -207,7 +214,7 @@ def test_bits_do_not_depend_on_the_order_of_the_warpgroups(
         same_bits(decode(q, rows, indices, kind=program.kind), first)
 
 
-@every_program
+@every_plain_program
 def test_rows_are_read_without_bank_conflicts(program: Program, monkeypatch: pytest.MonkeyPatch):
     """As the operands of both products, of which narrow blocks read both as words."""
     conflicts = BankConflicts()
