@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tests.emulator import mlir
+from tests.emulator import arith, mlir
 from tests.emulator.control import Control
 from tests.emulator.launch import Launcher
 
@@ -36,7 +36,7 @@ def kernels() -> Kernels:
     launcher = Launcher()
     with _new_modules():
         simt = importlib.import_module(f"{_PACKAGE}.device.simt")
-        _replace(simt, mgpu_utils=mlir.mgpu_utils, ir=mlir.ir, arith=mlir.arith, llvm=mlir.llvm)
+        _replace(simt, mgpu_utils=mlir.mgpu_utils, ir=mlir.ir, arith=arith, llvm=mlir.llvm)
         # Before others take them from there by name.
         control = Control(simt)
         _replace(

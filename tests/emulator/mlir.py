@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tests.emulator import arith
-from tests.emulator.lanes import LANES, F32Type, IntegerType, Lanes, Type
+from tests.emulator.lanes import F32Type, IntegerType, Lanes, Type
 from tests.emulator.products import Sum
 from tests.emulator.ptx import execute
 from tests.emulator.warpgroup import current
@@ -87,5 +87,3 @@ mgpu_utils = types.SimpleNamespace(
     memref_ptr=lambda reference: reference,
     thread_idx=lambda: Lanes(current().threads),
 )
-
-__all__ = ["LANES", "Index", "Reference", "arith", "ir", "llvm", "mgpu_utils"]

@@ -100,6 +100,7 @@ class Products:
             for words in finished.words:
                 races.finish_product(words, warps)
         self._groups = self._groups[count:]
+        # Those that still run may read some of the same words.
         for running in (*self._groups, self._open):
             for words in running.words:
                 races.begin_product(words, warps)
