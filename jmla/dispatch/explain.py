@@ -4,7 +4,8 @@ import textwrap
 
 from jmla.backends import describe_platform
 from jmla.layouts.base import KVLayout
-from jmla.plan import PhasePlan, Plan
+from jmla.phase_plan import PhasePlan
+from jmla.plan import Plan
 
 _WIDTH = 100
 

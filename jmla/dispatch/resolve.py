@@ -36,7 +36,8 @@ from jmla.dispatch.requirements import (
     name_problems,
 )
 from jmla.layouts.base import KVLayout
-from jmla.plan import DecodePlan, Plan, PrefillPlan
+from jmla.phase_plan import DecodePlan, PrefillPlan
+from jmla.plan import Plan
 
 # What a refusal proposes: a setting, the value that gives the choice back to jmla, and others.
 _SETTINGS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
@@ -200,8 +201,15 @@ def _plan(
         platform=facts.platform,
         layout=facts.layout,
         layout_reason=cache.reason,
-        prefill=PrefillPlan(phase="prefill", num_splits=None, **_common(config, prefill)),
-        decode=DecodePlan(phase="decode", num_splits=config.num_splits, **_common(config, decode)),
+        prefill=PrefillPlan(
+            phase="prefill", num_splits=None, hisparse=False, **_common(config, prefill)
+        ),
+        decode=DecodePlan(
+            phase="decode",
+            num_splits=config.num_splits,
+            hisparse=config.hisparse is not None,
+            **_common(config, decode),
+        ),
         warnings=() if warning is None else (warning,),
     )
 

@@ -20,7 +20,8 @@ from jmla.cache import Cache, append
 from jmla.config import Config
 from jmla.dispatch.resolve import resolve
 from jmla.layouts.base import KVLayout
-from jmla.plan import DecodePlan, Plan, PrefillPlan
+from jmla.phase_plan import DecodePlan, PrefillPlan
+from jmla.plan import Plan
 from tests.helpers import assert_close
 
 RANK, ROPE, HEADS, PAGE = 128, 64, 3, 64
