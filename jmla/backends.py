@@ -185,6 +185,8 @@ DEFAULTS: tuple[Default, ...] = (
 HISPARSE_BACKENDS: tuple[tuple[KVLayout, str], ...] = (
     (_BF16, "flashmla_sparse"),
     (_BLOCK, "flashmla_kv"),
+    (_RAW, "flashmla_sparse"),
+    (_FP4, "flashmla_sparse"),
     (_V4, "flashmla_kv"),
 )
 

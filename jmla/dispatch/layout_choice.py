@@ -109,11 +109,10 @@ def _candidates(
 
 
 def _routed(layouts: tuple[KVLayout, ...], named: dict[Phase, str | None]) -> tuple[KVLayout, ...]:
-    """The layouts that HiSparse takes, those whose backend the config names first."""
+    """The layouts with those first whose backend for HiSparse is what the config names."""
     routes = dict(HISPARSE_BACKENDS)
-    taken = [layout for layout in layouts if layout in routes]
-    unlike = {layout: set(named.values()) - {None, routes[layout]} for layout in taken}
-    return tuple(sorted(taken, key=lambda layout: bool(unlike[layout])))
+    unlike = {layout: set(named.values()) - {None, routes[layout]} for layout in layouts}
+    return tuple(sorted(layouts, key=lambda layout: bool(unlike[layout])))
 
 
 def _fp8(config: Config, platform: str, named: dict[Phase, str | None]) -> tuple[KVLayout, ...]:

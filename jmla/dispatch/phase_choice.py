@@ -101,7 +101,7 @@ def fits(backend: Backend, facts: SharedFacts) -> bool:
 
 def _default(phase: Phase, facts: SharedFacts) -> tuple[str, str]:
     if facts.hisparse:
-        backend = dict(HISPARSE_BACKENDS).get(facts.layout, "flashmla_sparse")
+        backend = dict(HISPARSE_BACKENDS)[facts.layout]
         return backend, f"the backend for HiSparse over {facts.layout.name}"
     names = default_names(phase, facts.layout, facts.platform)
     rows = [row for row in map(find_backend, names) if row is not None]

@@ -18,8 +18,6 @@ from jmla.backends import (
 from jmla.config import Config, quote
 from jmla.layouts.base import KVLayout
 
-HISPARSE_DTYPES = ("auto", "bfloat16", "fp8_e4m3")
-
 
 def attention_problems(config: Config) -> list[str]:
     """Why jmla has nothing for this kind of attention, if it has not."""
@@ -79,26 +77,19 @@ def hisparse_problems(config: Config, layout: KVLayout | None) -> list[str]:
     if config.hisparse is None:
         return []
     problems = []
-    allowed = {dtype_of(entry): backend for entry, backend in HISPARSE_BACKENDS}
-    routes = ", ".join(f"{dtype!r} -> {backend!r}" for dtype, backend in allowed.items())
-    dtype = config.kv_cache_dtype
+    routes = dict(HISPARSE_BACKENDS)
     if layout is not None:
-        dtype = dtype_of(layout)
-    if config.kv_cache_dtype not in HISPARSE_DTYPES:
-        problems.append(
-            f"hisparse does not take kv_cache_dtype={config.kv_cache_dtype!r}: expected "
-            f"{quote(HISPARSE_DTYPES)}"
-        )
-    elif layout is not None and layout not in dict(HISPARSE_BACKENDS) and config.layout is layout:
-        layouts = " or ".join(entry.name for entry, _ in HISPARSE_BACKENDS)
-        problems.append(f"hisparse does not take layout=KVLayout.{layout.name}: expected {layouts}")
-    accepted = (allowed[dtype],) if dtype in allowed else tuple(allowed.values())
+        accepted: tuple[str, ...] = (routes[layout],)
+    else:
+        of_dtype = [b for entry, b in routes.items() if dtype_of(entry) == config.kv_cache_dtype]
+        accepted = tuple(of_dtype[:1]) or tuple(dict.fromkeys(routes.values()))
+    told = ", ".join(f"{entry.name} -> {backend!r}" for entry, backend in HISPARSE_BACKENDS)
     for phase, name in (("prefill", config.prefill_backend), ("decode", config.decode_backend)):
         if name is not None and name not in accepted:
             problems.append(
                 f"{phase}_backend={name!r} does not serve hisparse with "
-                f"kv_cache_dtype={config.kv_cache_dtype!r}: expected {quote(accepted)} (each dtype "
-                f"has its own: {routes})"
+                f"kv_cache_dtype={config.kv_cache_dtype!r}: expected {quote(accepted)} (each "
+                f"layout has its own: {told})"
             )
     if config.attn_sink and accepted == ("flashmla_kv",):
         problems.append(

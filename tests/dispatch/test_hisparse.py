@@ -21,6 +21,9 @@ from tests.layouts.cases import u16
 BLOCK = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE
 
 
+SPARSE = "flashmla_sparse"
+
+
 def config(**changes: Any) -> Config:
     sizes: dict[str, Any] = {
         "num_heads": 16,
@@ -42,6 +45,9 @@ def config(**changes: Any) -> Config:
         ("sm_90", {"decode_backend": "flashmla_kv"}, BLOCK, "flashmla_kv"),
         ("sm_100", {"decode_backend": "flashmla_sparse"}, KVLayout.BF16, "flashmla_sparse"),
         ("sm_100", {"attn_sink": True}, KVLayout.BF16, "flashmla_sparse"),
+        ("sm_90", {"layout": KVLayout.FP8_NOPE_FP8_ROPE}, KVLayout.FP8_NOPE_FP8_ROPE, SPARSE),
+        ("sm_90", {"kv_cache_dtype": "fp4_e2m1"}, KVLayout.FP4, SPARSE),
+        ("sm_100", {"layout": KVLayout.FP4, "attn_sink": True}, KVLayout.FP4, SPARSE),
         (
             "sm_90",
             {"layout": KVLayout.FP8_V4, "kv_lora_rank": 448},
@@ -89,15 +95,18 @@ def test_two_allowed_backends_do_not_mix() -> None:
         resolve(config(prefill_backend="flashmla_sparse", decode_backend="flashmla_kv"))
 
 
-def test_other_dtypes_are_refused_with_the_allowed_ones() -> None:
+def test_the_refusal_names_the_backend_of_each_layout() -> None:
     with pytest.raises(ValueError) as error:
-        resolve(config(kv_cache_dtype="fp4_e2m1"))
-    assert (
-        "hisparse does not take kv_cache_dtype='fp4_e2m1': expected 'auto', 'bfloat16' or "
-        "'fp8_e4m3'"
-    ) in str(error.value)
-    with pytest.raises(ValueError, match=r"hisparse does not take layout=KVLayout.FP8_NOPE_FP8"):
-        resolve(config(layout=KVLayout.FP8_NOPE_FP8_ROPE))
+        resolve(config(kv_cache_dtype="fp4_e2m1", decode_backend="flashmla_kv"))
+    routes = (
+        "BF16 -> 'flashmla_sparse', FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE -> 'flashmla_kv', "
+        "FP8_NOPE_FP8_ROPE -> 'flashmla_sparse', FP4 -> 'flashmla_sparse', FP8_V4 -> 'flashmla_kv'"
+    )
+    assert f"expected 'flashmla_sparse' (each layout has its own: {routes})" in str(error.value)
+    with pytest.raises(ValueError, match="expected 'auto', 'bfloat16', 'fp8_e4m3' or 'fp4_e2m1'"):
+        config(kv_cache_dtype="fp8_e5m2")
+    with pytest.raises(ValueError, match=r"trtllm' does not serve hisparse .* 'flashmla_sparse'"):
+        resolve(config(layout=KVLayout.FP8_NOPE_FP8_ROPE, decode_backend="trtllm"))
 
 
 def test_sinks_and_fp8_cannot_be_had_together() -> None:
