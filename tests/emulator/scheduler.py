@@ -66,7 +66,7 @@ class Scheduler:
             self._await_turn(task)
             task.code()
         except _Stopped:
-            pass
+            pass  # `run` raises the error of the task that has failed
         except BaseException as error:
             self._error = self._error or error
         task.finished = True
