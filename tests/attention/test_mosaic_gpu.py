@@ -241,10 +241,14 @@ def test_heads_of_very_different_magnitude(form, heads: int):
     largest = np.abs(exact_lse)
     difference = np.abs(np.asarray(lse, np.float64) - exact_lse)
     # Relative to the largest products that were summed, which an lse near zero does not show.
-    assert (difference <= 8.01 / 65536 * np.maximum(largest, np.asarray(size)[None, None])).all()
+    bound = 8.01 / 65536 * np.maximum(largest, np.asarray(size)[None, None])
+    if form is FP32:  # a key times its scale has 11 bits, and one key may be all of a head's lse
+        bound = bound + 2e-3 * np.asarray(size)[None, None]
+    assert (difference <= bound).all()
     calm = np.asarray(size) < 3.0
     error = relative_error(np.asarray(out, np.float64)[:, :, calm], exact_out[:, :, calm])
-    assert error <= 2.3e-3
+    # The rounding of bf16 weights adds to that of the output.
+    assert error <= (2.6e-3 if form is BF16 else 2.3e-3)
     # Beyond, the rounding of a logit moves weight between neighbours; out stays among the values.
     assert np.isfinite(np.asarray(out, np.float32)).all()
     spread = np.abs(exact_out[:, :, -1]).max()

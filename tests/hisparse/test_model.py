@@ -23,6 +23,7 @@ from jmla.hisparse import (
     release,
     swap_in,
 )
+from jmla.hisparse.host_memory import read_rows
 from jmla.layouts import KVLayout
 from tests.hisparse.cases import latents_of
 from tests.hisparse.oracle import Buffer
@@ -54,7 +55,7 @@ def step(
 @jax.jit
 def stored(state: HiSparseState) -> jax.Array:
     slots = state.residency.host_slots(EVERYWHERE)
-    return state.host_rows.gather(slots).dequantize()
+    return read_rows(state.host_rows, slots).dequantize()
 
 
 @functools.cache
