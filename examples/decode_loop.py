@@ -3,6 +3,7 @@
 python -m examples.decode_loop
 python -m examples.decode_loop --layout 576 --prefill-backend flashmla_kv --decode-backend trtllm
 python -m examples.decode_loop --prompt-file some_module.py --tokens 400
+python -m examples.decode_loop --hisparse
 python -m examples.decode_loop --compare
 """
 
@@ -18,21 +19,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Compiled
-from jaxtyping import Array
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.accuracy import compare
-from examples.byte_lm import END_OF_DOCUMENT, VOCABULARY, ByteLMConfig, Params, load_params
+from examples.byte_lm import END_OF_DOCUMENT, ByteLMConfig, Params, load_params
 from examples.generation import (
     DecodeState,
-    decode_loop,
-    first_token,
+    compile_programs,
+    move_to_host,
     new_caches,
-    prefill_chunk,
+    new_host_caches,
 )
-from jmla import Config, KVLayout, Plan, resolve
+from jmla import Config, HiSparseConfig, KVLayout, Plan, resolve
+from jmla.hisparse import HiSparseState
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights" / "byte_lm.safetensors"
@@ -100,6 +100,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="attend in groups of this many heads (default: all 16)",
     )
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument(
+        "--hisparse",
+        action="store_true",
+        help="decode from a cache in host memory with a small buffer on the device",
+    )
     parser.add_argument(
         "--context",
         type=int,
@@ -179,6 +184,7 @@ def make_plan(options: argparse.Namespace, config: ByteLMConfig) -> Plan:
             kv_lora_rank=config.mla.kv_lora_rank,
             rope_dim=config.mla.qk_rope_head_dim,
             index_head_dim=config.mla.index_head_dim,
+            hisparse=HiSparseConfig() if options.hisparse else None,
         )
     )
 
@@ -201,30 +207,6 @@ def check_sizes(options: argparse.Namespace, config: ByteLMConfig) -> None:
         raise ValueError(f"{options.temperature=}: expected a finite number, 0 or more.")
 
 
-@dataclass(frozen=True)
-class Programs:
-    """What runs, compiled once: a chunk of a prompt, the byte after it, a chunk of new bytes."""
-
-    prefill: Compiled
-    first: Compiled
-    decode: Compiled
-
-
-def compile_programs(
-    params: Params, config: ByteLMConfig, plan: Plan, state: DecodeState, page_table: Array
-) -> Programs:
-    """Compile for one request and the caches of `state`."""
-    chunk = jax.ShapeDtypeStruct((PREFILL_CHUNK,), jnp.int32)
-    logits = jax.ShapeDtypeStruct((PREFILL_CHUNK, VOCABULARY), jnp.float32)
-    lens, heat = state.seq_lens, jnp.float32(0)
-    sizes = {"config": config, "plan": plan}
-    return Programs(
-        prefill_chunk.lower(params, state.caches, page_table, lens, lens, chunk, **sizes).compile(),
-        first_token.lower(logits, lens, state.key, heat).compile(),
-        decode_loop.lower(params, state, page_table, heat, steps=DECODE_CHUNK, **sizes).compile(),
-    )
-
-
 def generate(
     params: Params,
     config: ByteLMConfig,
@@ -245,6 +227,10 @@ def generate(
     calls = -(-(tokens - 1) // DECODE_CHUNK)
     room = max(context, len(prompt) + calls * DECODE_CHUNK)
     caches, page_table = new_caches(plan, config, requests=1, context=room)
+    host_caches: tuple[HiSparseState, ...] = ()
+    decode_table = page_table
+    if plan.config.hisparse is not None:
+        host_caches, decode_table = new_host_caches(plan, config, context=room)
     key, first_key = jax.random.split(jax.random.key(seed))
     zero = jnp.zeros((1,), jnp.int32)
     heat = jnp.float32(temperature)
@@ -254,7 +240,15 @@ def generate(
         task = progress.add_task("compiling", total=None)
         start = time.perf_counter()
         programs = compile_programs(
-            params, config, plan, DecodeState(caches, zero, zero, key), page_table
+            params,
+            config,
+            plan,
+            caches,
+            page_table,
+            DecodeState(host_caches or caches, zero, zero, key),
+            decode_table,
+            chunk=PREFILL_CHUNK,
+            steps=DECODE_CHUNK,
         )
         compile_s = time.perf_counter() - start
         progress.update(task, total=1, completed=1)
@@ -276,10 +270,12 @@ def generate(
     show = partial(console.print, end="", markup=False, highlight=False, soft_wrap=True)
     end = bytes([END_OF_DOCUMENT])
     show(text.decode(generated.removesuffix(end)))
-    state = DecodeState(caches, zero + len(prompt), token, key)
+    if host_caches:
+        host_caches = move_to_host(host_caches, caches, page_table, zero + len(prompt))
+    state = DecodeState(host_caches or caches, zero + len(prompt), token, key)
     steps, start = 0, time.perf_counter()
     while len(generated) < tokens and end not in generated:
-        state, new = programs.decode(params, state, page_table, heat)
+        state, new = programs.decode(params, state, decode_table, heat)
         steps += DECODE_CHUNK
         piece = np.asarray(new[:, 0], np.uint8).tobytes()[: tokens - len(generated)]
         generated += piece

@@ -6,11 +6,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Compiled
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from examples.byte_lm import ByteLMConfig, Params, mlp, read_out
+from examples.byte_lm import VOCABULARY, ByteLMConfig, Params, mlp, read_out
 from jmla import BatchMeta, Cache, Plan, make_batch, select_topk
+from jmla.hisparse import HiSparsePool, HiSparseState, admit, assign_pages
 from jmla.model import mla_attention, rms_norm
+
+Caches = tuple[Cache | HiSparseState, ...]
 
 # What a query attends to: the indexer's choice, or one of two floors to hold it against.
 Chooser = Literal["indexer", "last", "random"]
@@ -28,7 +32,7 @@ class DecodeState:
         key: of the sampling.
     """
 
-    caches: tuple[Cache, ...]
+    caches: Caches
     seq_lens: Int[Array, " b"]
     token: Int[Array, " b"]
     key: PRNGKeyArray
@@ -39,12 +43,12 @@ def forward(
     config: ByteLMConfig,
     plan: Plan,
     tokens: Int[Array, " t"],
-    caches: tuple[Cache, ...],
+    caches: Caches,
     batch: BatchMeta,
     *,
     phase: Literal["prefill", "decode"],
     chooser: Chooser = "indexer",
-) -> tuple[Float[Array, "t v"], tuple[Cache, ...]]:
+) -> tuple[Float[Array, "t v"], Caches]:
     """Logits after each token, f32, and the caches with the tokens appended, one cache a layer.
 
     Args:
@@ -94,7 +98,7 @@ def floor_positions(batch: BatchMeta, config: ByteLMConfig, chooser: Chooser) ->
 
 def extend(
     params: Params,
-    caches: tuple[Cache, ...],
+    caches: Caches,
     page_table: Int[Array, "b pages"],
     stored: Int[Array, " b"],
     counts: Int[Array, " b"],
@@ -104,7 +108,7 @@ def extend(
     plan: Plan,
     phase: Literal["prefill", "decode"],
     chooser: Chooser = "indexer",
-) -> tuple[tuple[Cache, ...], Float[Array, "t v"]]:
+) -> tuple[Caches, Float[Array, "t v"]]:
     """Append `counts` bytes to the requests after their `stored` ones; the logits after each.
 
     `tokens` holds the requests' bytes back to back; what is past them is padding, so that every
@@ -197,3 +201,77 @@ def new_caches(
     order = jax.random.permutation(jax.random.key(1), requests * pages)
     caches = tuple(plan.init_cache(requests * pages) for _ in range(config.layers))
     return caches, order.reshape(requests, pages).astype(jnp.int32)
+
+
+def new_host_caches(
+    plan: Plan, config: ByteLMConfig, *, context: int
+) -> tuple[tuple[HiSparseState, ...], Int[Array, "1 pages"]]:
+    """Empty host-resident caches for one request of up to `context` bytes, and its page table.
+
+    The request owns its pages from the start, so that no step lacks one.
+    """
+    assert plan.config.hisparse is not None
+    page_size, hisparse = plan.config.page_size, plan.config.hisparse
+    buffer = hisparse.buffer_rows(plan.config.index_topk) + 1
+    share = -(-context // (page_size * hisparse.host_to_device_ratio))
+    sizes = plan.hisparse_sizes(
+        requests=1, max_length=context, num_buffer_pages=max(-(-buffer // page_size), share)
+    )
+    pool = HiSparsePool.empty(sizes).reserve(0, context)
+    tables = pool.page_table, pool.buffer_table
+    # Each layer has its own copy of the tables, because the layers' states are donated together.
+    states = tuple(
+        assign_pages(plan.init_hisparse(sizes), *(jnp.array(table) for table in tables))
+        for _ in range(config.layers)
+    )
+    return states, jnp.array(pool.page_table)
+
+
+@partial(jax.jit, donate_argnames=("states",))
+def move_to_host(
+    states: tuple[HiSparseState, ...],
+    caches: tuple[Cache, ...],
+    page_table: Int[Array, "1 pages"],
+    length: Int[Array, " 1"],
+) -> tuple[HiSparseState, ...]:
+    """The states with the prefilled request of `caches` admitted."""
+    return tuple(
+        admit(state, jnp.int32(0), length[0], cache, page_table[0])
+        for state, cache in zip(states, caches, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What runs, compiled once: a chunk of a prompt, the byte after it, a chunk of new bytes."""
+
+    prefill: Compiled
+    first: Compiled
+    decode: Compiled
+
+
+def compile_programs(
+    params: Params,
+    config: ByteLMConfig,
+    plan: Plan,
+    caches: tuple[Cache, ...],
+    page_table: Array,
+    state: DecodeState,
+    decode_table: Array,
+    *,
+    chunk: int,
+    steps: int,
+) -> Programs:
+    """Compile a prefill into `caches` and a decode from `state`, each with its page table.
+
+    A call of the prefill takes `chunk` bytes, one of the decode makes `steps`.
+    """
+    text = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+    logits = jax.ShapeDtypeStruct((chunk, VOCABULARY), jnp.float32)
+    lens, heat = state.seq_lens, jnp.float32(0)
+    sizes = {"config": config, "plan": plan}
+    return Programs(
+        prefill_chunk.lower(params, caches, page_table, lens, lens, text, **sizes).compile(),
+        first_token.lower(logits, lens, state.key, heat).compile(),
+        decode_loop.lower(params, state, decode_table, heat, steps=steps, **sizes).compile(),
+    )

@@ -212,7 +212,7 @@ def decode_hisparse(
     q: Array,
     state: HiSparseState,
     seq_lens: Array,
-    positions: Array,
+    positions: Array | None,
     attn_sink: Array | None,
 ) -> tuple[Array, Array, HiSparseState]:
     """See `Plan.decode_hisparse`."""

@@ -115,7 +115,7 @@ class Plan:
         q: BFloat16[Array, "b s_q h width"],
         state: HiSparseState,
         seq_lens: Int[Array, " b"],
-        positions: Int[Array, "rows k"],
+        positions: Int[Array, "rows k"] | None,
         *,
         attn_sink: Float[Array, " h"] | None = None,
     ) -> tuple[BFloat16[Array, "b s_q h value"], Float[Array, "b s_q h"], HiSparseState]:

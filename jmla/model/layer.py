@@ -9,6 +9,8 @@ from jaxtyping import Array, BFloat16, Float, Int
 from jmla.backends import Phase
 from jmla.batch import BatchMeta
 from jmla.cache import Cache, append
+from jmla.hisparse.lifecycle import append as append_to_host
+from jmla.hisparse.state import HiSparseState
 from jmla.indexer import indexer_logits, paged_indexer_logits, quantize_index_query
 from jmla.model.config import MLAConfig
 from jmla.model.mla import (
@@ -29,13 +31,14 @@ class Attended:
 
     Attributes:
         out: `[tokens, hidden_size]`, what the layer adds to the residual stream.
-        cache: the cache with the tokens' latents and index keys appended.
+        cache: the cache with the tokens' latents and index keys appended; a host-resident one
+            also with what the step swapped in.
         positions: int32 `[tokens, index_topk]`, what each token attended to, so that a following
             layer can share the choice; None where the phase attends densely.
     """
 
     out: Float[Array, "t hidden"]
-    cache: Cache
+    cache: Cache | HiSparseState
     positions: Int[Array, "t k"] | None
 
 
@@ -44,7 +47,7 @@ def mla_attention(
     config: MLAConfig,
     plan: Plan,
     x: Float[Array, "t hidden"],
-    cache: Cache,
+    cache: Cache | HiSparseState,
     batch: BatchMeta,
     *,
     phase: Phase,
@@ -62,7 +65,8 @@ def mla_attention(
             has are attended in groups of that many, as a tensor-parallel group would, one after
             the other.
         x: `[tokens, hidden_size]`, normalised; the tokens of `batch` in its order.
-        cache: this layer's, made by `plan.init_cache`.
+        cache: this layer's, made by `plan.init_cache`; with HiSparse, a decode takes what
+            `plan.init_hisparse` made, and a batch of its page table.
         batch: where each token belongs. For "decode", the same number of tokens for each request.
         phase: "prefill" or "decode": which half of the plan attends.
         positions: int32 `[tokens, k]` of each token's request, -1 for none; None lets this layer's
@@ -84,12 +88,8 @@ def mla_attention(
             f"{config.index_n_heads=}: the cache keeps index keys but the layer has no indexer; "
             "resolve the plan with index_head_dim=None, or with dense backends."
         )
-    cache = append(
-        cache,
-        batch.write_slots,
-        projected.latents,
-        indexer.keys if indexer is not None and keeps_index_keys else None,
-    )
+    keys = indexer.keys if indexer is not None and keeps_index_keys else None
+    cache = _append(cache, batch, projected.latents, keys, phase)
     choice = plan.prefill if phase == "prefill" else plan.decode
     if positions is None and choice.index_transform != "PAGE_TABLE":
         if indexer is None:
@@ -99,16 +99,21 @@ def mla_attention(
             )
         positions = choose_positions(indexer, cache, batch, config.index_topk, phase=phase)
     query = absorbed_query(params, projected)
-    groups = [
-        _attend(plan, group, cache, batch, positions, phase)
-        for group in jnp.split(query, config.num_heads // plan.config.num_heads, axis=1)
-    ]
-    out = project_output(params, jnp.concatenate(groups, axis=1), x.dtype)
+    outs = []
+    for group in jnp.split(query, config.num_heads // plan.config.num_heads, axis=1):
+        attended, cache = _attend(plan, group, cache, batch, positions, phase)
+        outs.append(attended)
+    out = project_output(params, jnp.concatenate(outs, axis=1), x.dtype)
     return Attended(out=out, cache=cache, positions=positions)
 
 
 def choose_positions(
-    indexer: IndexerInputs, cache: Cache, batch: BatchMeta, k: int, *, phase: Phase
+    indexer: IndexerInputs,
+    cache: Cache | HiSparseState,
+    batch: BatchMeta,
+    k: int,
+    *,
+    phase: Phase,
 ) -> Int[Array, "t k"]:
     """The `k` positions of its own request that the indexer rates highest for each token.
 
@@ -149,17 +154,41 @@ def choose_positions(
     return select_topk(logits, batch.lengths, k, row_starts=batch.window_starts)
 
 
+def _append(
+    cache: Cache | HiSparseState,
+    batch: BatchMeta,
+    latents: Float[Array, "t width"],
+    keys: Float[Array, "t dim"] | None,
+    phase: Phase,
+) -> Cache | HiSparseState:
+    if isinstance(cache, Cache):
+        return append(cache, batch.write_slots, latents, keys)
+    if phase == "prefill":
+        raise ValueError(
+            f"{phase=} {type(cache)=}: expected a Cache: a prompt is written on the device and "
+            "then admitted; use plan.init_cache and jmla.hisparse.admit"
+        )
+    requests = batch.seq_lens.shape[0]
+    latents = latents.reshape(requests, -1, latents.shape[1])
+    keys = None if keys is None else keys.reshape(requests, -1, keys.shape[1])
+    return append_to_host(cache, batch.seq_lens, latents, keys)
+
+
 def _attend(
     plan: Plan,
     query: BFloat16[Array, "t h width"],
-    cache: Cache,
+    cache: Cache | HiSparseState,
     batch: BatchMeta,
     positions: Int[Array, "t k"] | None,
     phase: Phase,
-) -> BFloat16[Array, "t h value"]:
-    if phase == "prefill":
-        return plan.prefill(query, cache, batch, positions)[0]
+) -> tuple[BFloat16[Array, "t h value"], Cache | HiSparseState]:
     requests = batch.seq_lens.shape[0]
-    by_request = query.reshape(requests, -1, *query.shape[1:])
-    out, _ = plan.decode(by_request, cache, batch, positions)
-    return out.reshape(query.shape[0], *out.shape[2:])
+    if isinstance(cache, HiSparseState):
+        by_request = query.reshape(requests, -1, *query.shape[1:])
+        out, _, cache = plan.decode_hisparse(by_request, cache, batch.seq_lens, positions)
+    elif phase == "prefill":
+        return plan.prefill(query, cache, batch, positions)[0], cache
+    else:
+        by_request = query.reshape(requests, -1, *query.shape[1:])
+        out, _ = plan.decode(by_request, cache, batch, positions)
+    return out.reshape(query.shape[0], *out.shape[2:]), cache

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from examples import decode_loop as demo
 from examples.byte_lm import ByteLMConfig, init_params, load_params
-from examples.generation import DecodeState, decode_loop, new_caches, prefill_chunk, sample
+from examples.generation import (
+    DecodeState,
+    decode_loop,
+    new_caches,
+    new_host_caches,
+    prefill_chunk,
+    sample,
+)
 from jmla import KVLayout
 
 SMALL = ByteLMConfig(
@@ -79,7 +86,7 @@ def test_one_compilation_and_a_donated_cache(params):
     heat = jnp.float32(0.5)
     before = compilations(decode_loop)
     for _ in range(3):
-        leaf = state.caches[0].rows
+        leaf = state.caches[0]
         state, tokens = decode_loop(
             params, state, page_table, heat, steps=4, config=SMALL, plan=plan
         )
@@ -153,6 +160,26 @@ def test_mixed_backends_and_head_groups_generate(params):
     grouped = demo.make_plan(options("--heads-per-device", "4"), SMALL)
     whole = generate(params, tokens=6, temperature=0.0)[0]
     assert generate(params, tokens=6, plan=grouped, temperature=0.0)[0] == whole
+
+
+@pytest.mark.parametrize("layout", ["bf16", "fp4"])
+def test_rows_in_host_memory_give_the_same_text(params, layout):
+    """80 bytes of prompt are more than the buffer of 32 rows, of which each step reads 16."""
+    full, host = (
+        demo.make_plan(options("--layout", layout, "--page-size", "16", *flag), SMALL)
+        for flag in ([], ["--hisparse"])
+    )
+    assert host.config.hisparse is not None and "32 rows of a request" in str(host)
+    texts = [generate(params, tokens=40, plan=plan, temperature=0.0)[0] for plan in (full, host)]
+    assert texts[0] == texts[1] and len(texts[0]) == 40
+
+
+def test_a_prompt_is_not_written_to_host_memory(params):
+    plan = demo.make_plan(options("--hisparse"), SMALL)
+    caches, page_table = new_host_caches(plan, SMALL, context=64)
+    zero, text = jnp.zeros(1, jnp.int32), jnp.zeros(8, jnp.int32)
+    with pytest.raises(ValueError, match=r"phase='prefill' .* expected a Cache"):
+        prefill_chunk(params, caches, page_table, zero, zero + 8, text, config=SMALL, plan=plan)
 
 
 def test_the_end_of_a_document_ends_the_text(params):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmla import Config, KVLayout, make_batch, resolve
+from jmla import Cache, Config, KVLayout, make_batch, resolve
 from jmla.model import (
     MLAConfig,
     Rope,
@@ -194,6 +194,7 @@ def test_requests_do_not_see_each_other_and_padding_writes_nothing():
     )
     assert_close(both.out[:5], alone.out, abs_tol=1e-5, rel_tol=1e-5)
     used = 9
+    assert isinstance(both.cache, Cache)
     assert int(jnp.sum(jnp.any(both.cache.rows.flat().dequantize() != 0, axis=-1))) == used
     assert not bool(jnp.isnan(both.cache.rows.dequantize()).any())
 
