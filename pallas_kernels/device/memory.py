@@ -13,7 +13,7 @@ CHUNK = 16  # bytes of one copy
 
 def copy(destination: Value, source: Value, size: Value) -> None:
     """Begins to copy a chunk to shared memory: `size` bytes of it, and zeros for the rest."""
-    ptx(f"cp.async.cg.shared.global.L2::256B [$0], [$1], {CHUNK}, $2;", destination, source, size)
+    ptx(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}, $2;", destination, source, size)
 
 
 def copied_bytes(slot: Value) -> Value:

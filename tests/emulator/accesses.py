@@ -57,7 +57,7 @@ def _rows(value: Any) -> np.ndarray:
     return np.stack(value if isinstance(value, list) else [value], axis=1)
 
 
-@instruction(r"cp\.async\.cg\.shared\.global\.L2::256B", targets=0)
+@instruction(r"cp\.async\.cg\.shared\.global", targets=0)
 def copy(match: re.Match, place: Any, source: Any, chunk: int, size: Any) -> None:
     current().copies.begin(place, source, size)
 

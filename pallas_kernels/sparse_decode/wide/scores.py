@@ -1,5 +1,7 @@
 """The warpgroup of the logits and their softmax."""
 
+from collections.abc import Callable
+
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import load_shared, store_shared
 from pallas_kernels.device.row_formats import TILE, pack_bf16, pack_f16
@@ -36,6 +38,7 @@ from pallas_kernels.sparse_decode.wide.block import (
     WARPS,
     Block,
     held_tiles,
+    is_converted,
 )
 from pallas_kernels.sparse_decode.wide.queries import load_query
 
@@ -57,8 +60,10 @@ def scores(block: Block) -> None:
         block.full.wait(ring.slot, ring.phase)
         # The converted rows were written by ordinary stores.
         proxy_fence()
-        logits = wgmma.wait(0, _products(block, held, ring.slot))
-        return [*softmax.weigh(logits, ring, state), *ring.next().values()]
+        products = _products(block, held, ring.slot)
+        tokens = softmax.tokens(ring.slot)
+        logits = wgmma.wait(0, products)
+        return [*softmax.weigh(logits, tokens, ring, state), *ring.next().values()]
 
     state = [f32(NO_LOGIT)] * ROWS + [f32(0.0)] * ROWS
     carry = loop(first, last, [*state, *Ring.start(STAGES).values()], step)
@@ -116,12 +121,32 @@ class _Softmax:
         place = block.small + self.row * 4
         self.scale = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
 
-    def weigh(self, logits: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
+    def tokens(self, slot: Value) -> Callable[[int], list[Value]]:
+        """Pairs of what is kept beside the rows of this thread's keys.
+
+        They are loaded here, beside the products, where there are registers for it: the compiler
+        does not move a load before the stores of the weights.
+        """
+        keys = self.block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
+
+        def load(pair: int) -> list[Value]:
+            return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
+
+        if is_converted(self.block.format) and not self.block.format.block_scales:
+            return load
+        return [load(pair) for pair in range(8)].__getitem__
+
+    def weigh(
+        self,
+        logits: list[Value],
+        tokens: Callable[[int], list[Value]],
+        ring: Ring,
+        state: list[Value],
+    ) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums."""
         block, row_format, slot = self.block, self.block.format, ring.slot
-        keys = block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
         for v in range(8):
-            words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
+            words = tokens(v)
             bias = [(word << 16).as_f32() for word in words]
             four = logits[4 * v : 4 * v + 4]
             if row_format.block_scales:
@@ -154,8 +179,7 @@ class _Softmax:
             for r in range(ROWS):
                 store_shared(place, [pack(p[2 * r], p[2 * r + 1])], wgmma.ATOM_BYTES * r)
             if row_format.block_scales:
-                words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
-                weight = [(word & -65536).as_f32() for word in words]
+                weight = [(word & -65536).as_f32() for word in tokens(v)]
                 for i, x in enumerate(p):
                     sums[_row(i)] = fma(x, weight[i & 1], sums[_row(i)])
             else:
