@@ -21,9 +21,7 @@ def program(row_format: RowFormat) -> Program:
     """The program for rows of a format."""
     # Fewer for values, and the compiler runs their products one at a time.
     for_values = 160
-    for_scores, for_gather = 112, 80
-    if is_converted(row_format):
-        for_scores, for_gather = (136, 56) if row_format.block_scales else (128, 64)
+    for_scores, for_gather = (128, 64) if is_converted(row_format) else (112, 80)
     return Program(
         WIDE_HEADS,
         shared_bytes(row_format),

@@ -45,6 +45,7 @@ from pallas_kernels.sparse_decode.wide.queries import load_query
 BARRIER = 8
 SIZE = 32  # logits of a thread: 2 heads by 16 keys
 ROWS = 2
+PAIRS = 8  # of neighbouring keys
 
 
 def scores(block: Block) -> None:
@@ -124,17 +125,16 @@ class _Softmax:
     def tokens(self, slot: Value) -> Callable[[int], list[Value]]:
         """Pairs of what is kept beside the rows of this thread's keys.
 
-        They are loaded here, beside the products, where there are registers for it: the compiler
-        does not move a load before the stores of the weights.
+        Loaded here, beside the products, if there are registers for that.
         """
         keys = self.block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
 
         def load(pair: int) -> list[Value]:
             return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
 
-        if is_converted(self.block.format) and not self.block.format.block_scales:
+        if is_converted(self.block.format):
             return load
-        return [load(pair) for pair in range(8)].__getitem__
+        return [load(pair) for pair in range(PAIRS)].__getitem__
 
     def weigh(
         self,
@@ -145,7 +145,7 @@ class _Softmax:
     ) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums."""
         block, row_format, slot = self.block, self.block.format, ring.slot
-        for v in range(8):
+        for v in range(PAIRS):
             words = tokens(v)
             bias = [(word << 16).as_f32() for word in words]
             four = logits[4 * v : 4 * v + 4]
@@ -173,13 +173,16 @@ class _Softmax:
         row = (self.thread.warp * 16 + quad) * wgmma.ROW_BYTES
         base = block.tile(slot) + ROPE_TILE + row + self.thread.column * 4
         sums = state[ROWS:]
-        for v in range(8):
+        ahead = [tokens(0)] if row_format.block_scales else []
+        for v in range(PAIRS):
+            if ahead and v + 1 < PAIRS:  # The compiler does not move a load before a store.
+                ahead.append(tokens(v + 1))
             p = [exp2(logits[4 * v + i] - state[_row(i)]) for i in range(4)]
             place = base + ((quad ^ v) << 4)
             for r in range(ROWS):
                 store_shared(place, [pack(p[2 * r], p[2 * r + 1])], wgmma.ATOM_BYTES * r)
             if row_format.block_scales:
-                weight = [(word & -65536).as_f32() for word in tokens(v)]
+                weight = [(word & -65536).as_f32() for word in ahead[v]]
                 for i, x in enumerate(p):
                     sums[_row(i)] = fma(x, weight[i & 1], sums[_row(i)])
             else:
