@@ -95,11 +95,13 @@ def test_a_full_batch(tmp_path: Path, layout: KVLayout, options: dict[str, Any])
     assert max(temporary) < MIB, "a cache of 4096 pages must not be copied"
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_a_small_batch_is_cut_into_parts_and_joined(tmp_path: Path, batch: int):
+@pytest.mark.parametrize(
+    ("layout", "batch"), [(BLOCK, 1), (BLOCK, 16), (KVLayout.FP8_NOPE_FP8_ROPE, 16)]
+)
+def test_a_small_batch_is_cut_into_parts_and_joined(tmp_path: Path, layout: KVLayout, batch: int):
     """One request in narrow blocks, sixteen in wide ones."""
     heads = 128
-    (temporary,), said = compiled(tmp_path, BLOCK, {"scale_format": "pow2"}, [(batch, heads)])
+    (temporary,), said = compiled(tmp_path, layout, {}, [(batch, heads)])
     a_part = batch * heads * 512 * 4
     assert said and 2 * a_part <= temporary <= 34 * a_part
     assert_good(said)

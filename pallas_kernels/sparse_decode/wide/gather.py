@@ -203,7 +203,7 @@ class _Converter(_Rows):
         raw = self._raw()
 
         # As many as there are registers for.
-        ahead = 4 if scale is None else 3 if scale.rest is None else 2
+        ahead = 3 if scale is not None and scale.rest is None else 2
 
         def load(first: int) -> list[list[Value]]:
             parts = range(first, min(first + ahead, PARTS))

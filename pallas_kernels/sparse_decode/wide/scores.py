@@ -1,7 +1,5 @@
 """The warpgroup of the logits and their softmax."""
 
-from collections.abc import Callable
-
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import load_shared, store_shared
 from pallas_kernels.device.row_formats import TILE, pack_bf16, pack_f16
@@ -38,14 +36,12 @@ from pallas_kernels.sparse_decode.wide.block import (
     WARPS,
     Block,
     held_tiles,
-    is_converted,
 )
 from pallas_kernels.sparse_decode.wide.queries import load_query
 
 BARRIER = 8
 SIZE = 32  # logits of a thread: 2 heads by 16 keys
 ROWS = 2
-PAIRS = 8  # of neighbouring keys
 
 
 def scores(block: Block) -> None:
@@ -61,10 +57,8 @@ def scores(block: Block) -> None:
         block.full.wait(ring.slot, ring.phase)
         # The converted rows were written by ordinary stores.
         proxy_fence()
-        products = _products(block, held, ring.slot)
-        tokens = softmax.tokens(ring.slot)
-        logits = wgmma.wait(0, products)
-        return [*softmax.weigh(logits, tokens, ring, state), *ring.next().values()]
+        logits = wgmma.wait(0, _products(block, held, ring.slot))
+        return [*softmax.weigh(logits, ring, state), *ring.next().values()]
 
     state = [f32(NO_LOGIT)] * ROWS + [f32(0.0)] * ROWS
     carry = loop(first, last, [*state, *Ring.start(STAGES).values()], step)
@@ -122,31 +116,12 @@ class _Softmax:
         place = block.small + self.row * 4
         self.scale = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
 
-    def tokens(self, slot: Value) -> Callable[[int], list[Value]]:
-        """Pairs of what is kept beside the rows of this thread's keys.
-
-        Loaded here, beside the products, if there are registers for that.
-        """
-        keys = self.block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
-
-        def load(pair: int) -> list[Value]:
-            return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
-
-        if is_converted(self.block.format):
-            return load
-        return [load(pair) for pair in range(PAIRS)].__getitem__
-
-    def weigh(
-        self,
-        logits: list[Value],
-        tokens: Callable[[int], list[Value]],
-        ring: Ring,
-        state: list[Value],
-    ) -> list[Value]:
+    def weigh(self, logits: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums."""
         block, row_format, slot = self.block, self.block.format, ring.slot
-        for v in range(PAIRS):
-            words = tokens(v)
+        keys = block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
+        for v in range(8):
+            words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
             bias = [(word << 16).as_f32() for word in words]
             four = logits[4 * v : 4 * v + 4]
             if row_format.block_scales:
@@ -172,22 +147,23 @@ class _Softmax:
         quad = opaque(self.thread.quad)
         row = (self.thread.warp * 16 + quad) * wgmma.ROW_BYTES
         base = block.tile(slot) + ROPE_TILE + row + self.thread.column * 4
-        sums = state[ROWS:]
-        ahead = [tokens(0)] if row_format.block_scales else []
-        for v in range(PAIRS):
-            if ahead and v + 1 < PAIRS:  # The compiler does not move a load before a store.
-                ahead.append(tokens(v + 1))
+        # All loads before the first store, which the compiler does not move them across.
+        sums, packed = state[ROWS:], []
+        for v in range(8):
             p = [exp2(logits[4 * v + i] - state[_row(i)]) for i in range(4)]
-            place = base + ((quad ^ v) << 4)
-            for r in range(ROWS):
-                store_shared(place, [pack(p[2 * r], p[2 * r + 1])], wgmma.ATOM_BYTES * r)
+            packed.append([pack(p[2 * r], p[2 * r + 1]) for r in range(ROWS)])
             if row_format.block_scales:
-                weight = [(word & -65536).as_f32() for word in ahead[v]]
+                words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
+                weight = [(word & -65536).as_f32() for word in words]
                 for i, x in enumerate(p):
                     sums[_row(i)] = fma(x, weight[i & 1], sums[_row(i)])
             else:
                 for i, x in enumerate(p):
                     sums[_row(i)] = sums[_row(i)] + x
+        for v, words in enumerate(packed):
+            place = base + ((quad ^ v) << 4)
+            for r in range(ROWS):
+                store_shared(place, [words[r]], wgmma.ATOM_BYTES * r)
         proxy_fence()
         block.weighted.arrive_warp(slot, self.thread)
         return [*state[:ROWS], *sums]
