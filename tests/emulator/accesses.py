@@ -28,7 +28,7 @@ def load_shared_half(match: re.Match, address: np.ndarray) -> np.ndarray:
     return current().block.shared.load_half(address)
 
 
-@instruction(r"ld\.global(\.nc)?(\.v(?P<count>[24]))?\.[bf]32")
+@instruction(r"ld\.global(\.nc)?(\.L1::no_allocate)?(\.v(?P<count>[24]))?\.[bf]32")
 def load_global(match: re.Match, address: np.ndarray) -> Any:
     return _columns(current().block.memory.load(address, _count(match)))
 
@@ -43,6 +43,16 @@ def store_shared(match: re.Match, address: np.ndarray, value: Any) -> None:
     current().block.shared.store(address, _rows(value))
 
 
+@instruction(r"red\.shared\.(add|or|max)\.[ub]32", targets=0)
+def reduce_shared(match: re.Match, address: np.ndarray, value: Any) -> None:
+    current().block.shared.combine(address, _word(value), match[1])
+
+
+@instruction(r"atom\.shared\.(add)\.u32")
+def fetch_shared(match: re.Match, address: np.ndarray, value: Any) -> np.ndarray:
+    return current().block.shared.combine(address, _word(value), match[1])
+
+
 @instruction(r"st\.shared\.b16", targets=0)
 def store_shared_half(match: re.Match, address: np.ndarray, value: np.ndarray) -> None:
     current().block.shared.store_half(address, value)
@@ -55,6 +65,10 @@ def store_global(match: re.Match, address: np.ndarray, value: Any) -> None:
 
 def _rows(value: Any) -> np.ndarray:
     return np.stack(value if isinstance(value, list) else [value], axis=1)
+
+
+def _word(value: Any) -> np.ndarray:
+    return np.broadcast_to(value, LANES).astype(np.uint32)
 
 
 @instruction(r"cp\.async\.cg\.shared\.global", targets=0)
@@ -135,14 +149,25 @@ def shuffle(match: re.Match, value: np.ndarray, other: Any, clamp: int, mask: in
     return value[source]
 
 
+@instruction(r"shfl\.sync\.up\.b32")
+def shuffle_up(
+    match: re.Match, value: np.ndarray, distance: int, first: int, mask: int
+) -> np.ndarray:
+    current().whole_warps(match[0])
+    lanes = np.arange(LANES)
+    return value[np.where(lanes % WARP < distance, lanes, lanes - distance)]
+
+
 @instruction(r"vote\.sync\.any\.pred")
 def vote(match: re.Match, holds: np.ndarray, mask: int) -> np.ndarray:
     current().whole_warps(match[0])
     return np.repeat(holds.reshape(WARPS, WARP).any(1), WARP)
 
 
-@instruction(r"redux\.sync\.max\.s32")
-def reduce_maximum(match: re.Match, value: np.ndarray, mask: int) -> np.ndarray:
+@instruction(r"redux\.sync\.(max|add)\.([su])32")
+def reduce_warp(match: re.Match, value: np.ndarray, mask: int) -> np.ndarray:
     current().whole_warps(match[0])
-    tops = value.view(np.int32).reshape(WARPS, WARP).max(1)
-    return np.repeat(tops, WARP).view(np.uint32)
+    kind = np.int32 if match[2] == "s" else np.uint32
+    rows = value.view(kind).reshape(WARPS, WARP)
+    results = rows.max(1) if match[1] == "max" else rows.sum(1, dtype=kind)
+    return np.repeat(results, WARP).view(np.uint32)

@@ -17,7 +17,11 @@ _SIGNED_COMPARISONS: dict[Any, Callable[[Any, Any], Any]] = {
     CmpIPredicate.sge: operator.ge,
     CmpIPredicate.sgt: operator.gt,
 }
-_UNSIGNED_COMPARISONS = {CmpIPredicate.ult: operator.lt, CmpIPredicate.eq: operator.eq}
+_UNSIGNED_COMPARISONS = {
+    CmpIPredicate.ult: operator.lt,
+    CmpIPredicate.uge: operator.ge,
+    CmpIPredicate.eq: operator.eq,
+}
 _FLOAT_COMPARISONS = {
     CmpFPredicate.OLT: operator.lt,
     CmpFPredicate.OGE: operator.ge,

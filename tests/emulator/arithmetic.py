@@ -13,6 +13,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = {"f16": F16, "bf16": BF16}
+_NAN = 0x7FFFFFFF  # the only one that arithmetic makes
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
@@ -99,6 +100,43 @@ def logic(match: re.Match, a: np.ndarray, b: np.ndarray, c: np.ndarray, table: i
         if table >> case & 1:
             result |= (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
     return result
+
+
+@instruction(r"popc\.b32")
+def count_bits(match: re.Match, a: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(a).astype(np.uint32)
+
+
+@instruction(r"clz\.b32")
+def leading_zeros(match: re.Match, a: np.ndarray) -> np.ndarray:
+    return (32 - np.frexp(a.astype(np.float64))[1]).astype(np.uint32)
+
+
+@instruction(r"brev\.b32")
+def reverse(match: re.Match, a: np.ndarray) -> np.ndarray:
+    bits = np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(-1, 4), axis=1)
+    return words(np.packbits(bits.reshape(-1, 32)[:, ::-1], axis=1)[:, ::1])
+
+
+@instruction(r"max\.u32")
+def maximum_unsigned(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.maximum(a, b)
+
+
+@instruction(r"cvt\.rzi\.s32\.f32")
+def to_integer(match: re.Match, a: np.ndarray) -> np.ndarray:
+    return _float(a).astype(np.int32).view(np.uint32)
+
+
+@instruction(r"sqrt\.approx\.f32")
+def square_root(match: re.Match, a: np.ndarray) -> np.ndarray:
+    return _bits(np.sqrt(_float(a)))
+
+
+@instruction(r"add\.rn\.f32")
+def add(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    result = _bits(_float(a) + _float(b))
+    return np.where(np.isnan(_float(result)), np.uint32(_NAN), result)
 
 
 @instruction(r"fma\.rn\.f32")

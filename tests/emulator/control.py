@@ -21,8 +21,12 @@ class Control:
     ) -> list[Any]:
         start = lower if isinstance(lower, int) else _uniform(lower)
         values = list(carry)
-        for i in range(start, _uniform(upper)):
-            values = list(body(self._simt.i32(i), *values))
+        bounds = upper.ir.array.view(np.int32)
+        for i in range(start, int(bounds[current().mask].max())):
+            runs = bounds > i
+            with current().only(runs):
+                results = list(body(self._simt.i32(i), *values))
+            values = results if runs.all() else self._chosen_where(runs, results, values)
         return values
 
     def when(self, condition: Any, body: Callable[[], None]) -> None:
@@ -47,12 +51,15 @@ class Control:
         results: list[Sequence[Any]] = []
         for chosen, emit in ((condition.ir.array, body), (~condition.ir.array, other)):
             with current().only(chosen) as any_run:
-                results.append(emit() if any_run else [self._simt.i32(0)] * words)
+                results.append((emit() or ()) if any_run else [self._simt.i32(0)] * words)
         return self._chosen(condition, *results)
 
     def _chosen(self, condition: Any, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
         select = self._simt.select
         return [x if x is y else select(condition, x, y) for x, y in zip(a, b, strict=True)]
+
+    def _chosen_where(self, holds: np.ndarray, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+        return self._chosen(self._simt.Value(Lanes(holds)), a, b)
 
 
 def _uniform(value: Any) -> int:

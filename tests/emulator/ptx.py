@@ -54,21 +54,30 @@ def execute(text: str, registers: Registers) -> None:
     while at < len(statements):
         statement = statements[at]
         at += 1
-        if statement.guard is not None:
-            holds = np.broadcast_to(registers[statement.guard], current().mask.shape)
-            holds = holds[current().mask]
-            if holds.any() != holds.all():
-                raise Fault(f"{text=}: threads part at a jump")
-            if not holds.any():
-                continue
-        if statement.jump is not None:
-            at = labels[statement.jump]
+        if statement.guard is None:
+            if statement.jump is None:
+                _run(statement, registers)
+            else:
+                at = labels[statement.jump]
             continue
-        results = statement.run(*(source(registers) for source in statement.sources))
-        if len(statement.targets) == 1:
-            registers[statement.targets[0]] = results
-        elif statement.targets:
-            registers.update(zip(statement.targets, results, strict=True))
+        holds = np.broadcast_to(registers[statement.guard], current().mask.shape)
+        with current().only(holds) as any_holds:
+            if not any_holds:
+                continue
+            if statement.jump is None:
+                _run(statement, registers, only=holds)
+                continue
+        if not holds[current().mask].all():
+            raise Fault(f"{text=}: threads part at a jump")
+        at = labels[statement.jump]
+
+
+def _run(statement: _Statement, registers: Registers, only: np.ndarray | None = None) -> None:
+    results = statement.run(*(source(registers) for source in statement.sources))
+    if len(statement.targets) == 1:
+        results = [results]
+    for name, result in zip(statement.targets, results or (), strict=True):
+        registers[name] = result if only is None else np.where(only, result, registers[name])
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Accesses to shared memory that nothing orders, found whatever the order they came in.
 
-For each word: the last write, and since then the last read of each warp. A write must be ordered
-after all of them, a read after the write (see `clocks`). Lanes of a warp count as unordered, too,
-until the warp has met.
+For each word: the last write, and since then the last read and the last atomic access of each warp.
+A write must be ordered after all of them, a read after the write and the atomic accesses, one of
+these after the others (see `clocks`). Lanes of a warp count as unordered, too, until the warp has
+met.
 """
 
 from collections.abc import Callable
@@ -29,11 +30,20 @@ class Races:
         self._write_lane = np.zeros(words, np.int16)
         self._read_tick = np.zeros((words, clocks.warps), np.int32)
         self._read_lane = np.zeros((words, clocks.warps), np.int16)
+        self._atomic_tick = np.zeros((words, clocks.warps), np.int32)
+
+    def combine(self, words: np.ndarray, threads: np.ndarray) -> None:
+        """`threads` [m] access `words` [m, 1] atomically."""
+        warps, lanes = _split(threads)
+        self._expect_written(words, warps, lanes, "combines")
+        self._expect_read(words, threads, "combines")
+        self._atomic_tick[words, warps] = self._clocks.now[warps]
 
     def read(self, words: np.ndarray, threads: np.ndarray) -> None:
         """`threads` [m] read `words` [m, k]."""
         warps, lanes = _split(threads)
         self._expect_written(words, warps, lanes, "reads")
+        self._expect_combined(words, threads, "reads")
         flat = words * self._clocks.warps + warps
         ticks, readers = self._read_tick.reshape(-1), self._read_lane.reshape(-1)
         others = readers[flat] != lanes
@@ -57,14 +67,10 @@ class Races:
         """
         warps, lanes = _split(threads)
         unordered = self._expect_written(words, warps, lanes, "writes", alike)
-        late = self._read_tick[words] > self._clocks.seen[warps]
-        if late.any():
-            own = np.arange(self._clocks.warps) == warps[..., None]
-            late &= ~(own & (self._read_lane[words] == lanes[..., None]))
-        if late.any():
-            i, k, reader = (int(x[0]) for x in np.nonzero(late))
-            self._fail(words[i, k], threads[i], "writes", f"has been read by warp {reader}")
+        self._expect_read(words, threads, "writes")
+        self._expect_combined(words, threads, "writes")
         self._read_tick[words] = 0
+        self._atomic_tick[words] = 0
         self._write_warp[words] = warps
         self._write_lane[words] = lanes
         self._write_lane[words[(self._write_lane[words] != lanes) | unordered]] = _SEVERAL
@@ -96,6 +102,24 @@ class Races:
         self._read_tick[words, warps.start : warps.stop] = self._clocks.now[
             warps.start : warps.stop
         ]
+
+    def _expect_read(self, words: np.ndarray, threads: np.ndarray, what: str) -> None:
+        """That all reads of the words are ordered before this."""
+        warps, lanes = _split(threads)
+        late = self._read_tick[words] > self._clocks.seen[warps]
+        if late.any():
+            own = np.arange(self._clocks.warps) == warps[..., None]
+            late &= ~(own & (self._read_lane[words] == lanes[..., None]))
+        if late.any():
+            i, k, reader = (int(x[0]) for x in np.nonzero(late))
+            self._fail(words[i, k], threads[i], what, f"has been read by warp {reader}")
+
+    def _expect_combined(self, words: np.ndarray, threads: np.ndarray, what: str) -> None:
+        """That all atomic accesses to the words are ordered before this."""
+        late = self._atomic_tick[words] > self._clocks.seen[_split(threads)[0]]
+        if late.any():
+            i, k, warp = (int(x[0]) for x in np.nonzero(late))
+            self._fail(words[i, k], threads[i], what, f"warp {warp} has accessed it atomically")
 
     def _expect_written(
         self,

@@ -1,5 +1,6 @@
 """The shared memory of a block: what lies where, what has been written, who may access it."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ ALIGNMENT = 1024
 LARGEST = 227 * 1024  # of all arrays
 _SIZE = 1 << 18  # of what a descriptor addresses
 _UNWRITTEN = 0x7FFFDEAD  # a NaN
+
+_COMBINED = {"add": operator.add, "or": operator.or_, "max": max}
 
 # Called with the bytes of an access, the addresses and the threads.
 Watcher = Callable[[int, np.ndarray, np.ndarray], None]
@@ -59,6 +62,25 @@ class SharedMemory:
         alike = (self._data[words] == stored) & (self._known.view(np.uint32)[words] == 0x01010101)
         self.races.write(words, group.threads[group.mask], alike=alike)
         self.write(words, stored)
+
+    def combine(self, addresses: np.ndarray, values: np.ndarray, how: str) -> np.ndarray:
+        """Adds, joins or maximises words of the running threads, in the order of the threads.
+
+        Returns:
+            What each found there.
+        """
+        group = current()
+        words = self.words(addresses, 4)
+        self._expect_known(words)
+        self.races.combine(words, group.threads[group.mask])
+        found = np.full(len(addresses), _UNWRITTEN, np.uint32)
+        before = []
+        for word, value in zip(words[:, 0].tolist(), values[group.mask].tolist(), strict=True):
+            old = int(self._data[word])
+            before.append(old)
+            self._data[word] = _COMBINED[how](old, value) & 0xFFFFFFFF
+        found[group.mask] = before
+        return found
 
     def write(self, words: np.ndarray, values: np.ndarray) -> None:
         """Sets words whose access has been checked, of which two threads may set one alike."""
