@@ -24,7 +24,14 @@ from jmla.layouts import (
     to_bytes,
 )
 from jmla.plan import Plan
-from jmla.topk import identity_topk, paged_indices, ragged_indices, select_topk
+from jmla.topk import (
+    identity_topk,
+    paged_indices,
+    ragged_indices,
+    select_paged_indices,
+    select_ragged_indices,
+    select_topk,
+)
 
 __version__ = "0.1.0"
 
@@ -57,6 +64,8 @@ __all__ = [
     "quantize_index_query",
     "ragged_indices",
     "resolve",
+    "select_paged_indices",
+    "select_ragged_indices",
     "select_topk",
     "sparse_decode",
     "sparse_prefill",

@@ -40,8 +40,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla import _attention_checks as checks
-from jmla import _mosaic_decode, _xla_attention, reference
-from jmla.backends import detect_platform
+from jmla import _implementation, _mosaic_decode, _xla_attention, reference
 from jmla.layouts.base import Rows
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -275,28 +274,10 @@ def merge(
     return reference.merge(outs, lses)
 
 
-def _choose(implementation: Implementation | None, reasons: list[str]) -> Implementation:
+def _choose(implementation: Implementation | None, reasons: list[str]) -> str:
     """The implementation to run; `reasons` is what keeps the kernel from serving the call."""
-    match implementation:
-        case None:
-            return "mosaic_gpu" if not reasons and _on_hopper() else "xla"
-        case "xla" | "reference":
-            return implementation
-        case "mosaic_gpu" if not reasons:
-            return implementation
-        case "mosaic_gpu":
-            raise NotImplementedError(
-                f"{implementation=} cannot serve this call: {'; '.join(reasons)}. Pass "
-                "implementation=None for the best one that can"
-            )
-    raise ValueError(
-        f"{implementation=}: expected 'mosaic_gpu', 'xla', 'reference', or None for the best one"
-    )
+    return _implementation.choose(implementation, reasons, ("xla", "reference"))
 
 
 def _no_kernel(op: str) -> list[str]:
     return [f"there is no mosaic_gpu kernel for {op}"]
-
-
-def _on_hopper() -> bool:
-    return detect_platform() == _mosaic_decode.PLATFORM

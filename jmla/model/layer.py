@@ -97,7 +97,15 @@ def mla_attention(
                 f"{choice.backend=} attends to chosen positions and {config.index_n_heads=}: pass "
                 "positions, or take a dense backend (flashmla)."
             )
-        positions = choose_positions(indexer, cache, batch, config.index_topk, phase=phase)
+        positions = choose_positions(
+            indexer,
+            cache,
+            batch,
+            config.index_topk,
+            phase=phase,
+            # The op has no code of its own for a reference.
+            implementation="xla" if choice.implementation == "reference" else choice.implementation,
+        )
     query = absorbed_query(params, projected)
     outs = []
     for group in jnp.split(query, config.num_heads // plan.config.num_heads, axis=1):
@@ -114,6 +122,7 @@ def choose_positions(
     k: int,
     *,
     phase: Phase,
+    implementation: str | None = None,
 ) -> Int[Array, "t k"]:
     """The `k` positions of its own request that the indexer rates highest for each token.
 
@@ -125,9 +134,14 @@ def choose_positions(
         phase: "decode" scores pages where they lie; "prefill" lays the keys of all requests back
             to back once for all tokens, and its f32 logits have a column for each slot of the page
             table: cut long prompts into chunks accordingly.
+        implementation: of `jmla.select_topk`.
 
     Returns:
         int32 `[tokens, k]`, -1 for none.
+
+    Raises:
+        ValueError: the cache keeps no index keys.
+        NotImplementedError: the named implementation cannot serve the selection.
     """
     keys = cache.index_keys
     if keys is None:
@@ -147,11 +161,18 @@ def choose_positions(
             batch.page_table,
             batch.lengths.reshape(by_request),
         )
-        return select_topk(logits.reshape(tokens, -1), batch.lengths, k)
+        logits = logits.reshape(tokens, -1)
+        return select_topk(logits, batch.lengths, k, implementation=implementation)
     requests, pages = batch.page_table.shape
     rows = keys.gather(batch.ragged_slots(requests * pages * batch.page_size))
     logits = indexer_logits(queries, weights, rows, batch.window_starts, batch.window_ends)
-    return select_topk(logits, batch.lengths, k, row_starts=batch.window_starts)
+    return select_topk(
+        logits,
+        batch.lengths,
+        k,
+        row_starts=batch.window_starts,
+        implementation=implementation,
+    )
 
 
 def _append(

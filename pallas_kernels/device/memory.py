@@ -6,7 +6,15 @@ from typing import Any
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.device.simt import Value, i32, i32_type, i64_type, ptx, select
+from pallas_kernels.device.simt import (
+    Value,
+    bool_to_int,
+    i32,
+    i32_type,
+    i64_type,
+    ptx,
+    select,
+)
 
 CHUNK = 16  # bytes of one copy
 
@@ -44,6 +52,48 @@ def store_shared(address: Value, values: Sequence[Value], offset: int = 0) -> No
         address,
         *values,
     )
+
+
+def store_shared_where(
+    condition: Value, address: Value, values: Sequence[Value], space: str = "shared"
+) -> None:
+    """Stores 1, 2 or 4 words of 32 bits where the condition holds, without a branch."""
+    kinds = "r" * len(values)
+    ptx(
+        "{ .reg .pred holds; setp.ne.u32 holds, $0, 0; "
+        f"@holds st.{space}{_vector(kinds)} [$1], {_words(kinds, 2)}; }}",
+        bool_to_int(condition),
+        address,
+        *values,
+    )
+
+
+def count_shared_where(condition: Value, address: Value) -> None:
+    """Adds 1 to a word, with all that others add, where the condition holds."""
+    ptx(
+        "{ .reg .pred holds; setp.ne.u32 holds, $0, 0; @holds red.shared.add.u32 [$1], 1; }",
+        bool_to_int(condition),
+        address,
+    )
+
+
+def or_shared(address: Value, value: Value) -> None:
+    """Sets bits of a word, with all that others set; nothing is done for a value of 0."""
+    ptx(
+        "{ .reg .pred holds; setp.ne.u32 holds, $1, 0; @holds red.shared.or.b32 [$0], $1; }",
+        address,
+        value,
+    )
+
+
+def fetch_add_shared(address: Value, value: Value, space: str = "shared") -> Value:
+    """Adds to a word, with all that others add; what it was before."""
+    return ptx(f"atom.{space}.add.u32 $0, [$1], $2;", address, value, out="r")[0]
+
+
+def maximum_shared(address: Value, value: Value, space: str = "shared") -> None:
+    """Raises an unsigned word to at least the value, with all others that do."""
+    ptx(f"red.{space}.max.u32 [$0], $1;", address, value)
 
 
 def load_global(address: Value, out: str, offset: int = 0, cache: str = ".nc") -> list[Value]:

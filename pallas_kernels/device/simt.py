@@ -109,6 +109,10 @@ class Value:
         """Unsigned comparison: also false for every negative number."""
         return Value(arith.cmpi(arith.CmpIPredicate.ult, self.ir, self._lift(other)))
 
+    def at_least(self, other: "Value | int") -> "Value":
+        """Unsigned comparison."""
+        return Value(arith.cmpi(arith.CmpIPredicate.uge, self.ir, self._lift(other)))
+
     def wide(self) -> "Value":
         """This i32, not negative, as an i64."""
         return Value(arith.extui(i64_type(), self.ir))
@@ -162,9 +166,35 @@ def int_to_float(a: Value) -> Value:
     return Value(arith.sitofp(f32_type(), a.ir))
 
 
+def float_to_int(a: Value) -> Value:
+    """The integer part of a float."""
+    return ptx("cvt.rzi.s32.f32 $0, $1;", a, out="r", pure=True)[0]
+
+
 def bool_to_int(a: Value) -> Value:
     """1 where the condition holds, else 0."""
     return Value(arith.extui(i32_type(), a.ir))
+
+
+def count_bits(a: Value) -> Value:
+    """How many bits of a word are set."""
+    return ptx("popc.b32 $0, $1;", a, out="r", pure=True)[0]
+
+
+def bit_length(a: Value) -> Value:
+    """How many bits an unsigned word needs; 0 for 0."""
+    return i32(32) - ptx("clz.b32 $0, $1;", a, out="r", pure=True)[0]
+
+
+def lowest_bit(a: Value) -> Value:
+    """The number of the lowest bit that is set in a word, which is not 0."""
+    (reversed_,) = ptx("brev.b32 $0, $1;", a, out="r", pure=True)
+    return ptx("clz.b32 $0, $1;", reversed_, out="r", pure=True)[0]
+
+
+def maximum_unsigned(a: Value, b: Value) -> Value:
+    """The larger of two unsigned integers."""
+    return ptx("max.u32 $0, $1, $2;", a, b, out="r", pure=True)[0]
 
 
 def ptx(
@@ -258,14 +288,14 @@ def branch(
 def either(
     condition: Value,
     words: int,
-    body: Callable[[], Sequence[Value]],
-    other: Callable[[], Sequence[Value]],
+    body: Callable[[], Sequence[Value] | None],
+    other: Callable[[], Sequence[Value] | None],
 ) -> list[Value]:
-    """The i32 words of `body()` where the condition holds, else those of `other()`."""
+    """The i32 words, if any, of `body()` where the condition holds, else those of `other()`."""
     op = scf.IfOp(condition.ir, [i32_type()] * words, has_else=True)
     for block, emit in ((op.then_block, body), (op.else_block, other)):
         with ir.InsertionPoint(block):
-            scf.yield_([value.ir for value in emit()])
+            scf.yield_([value.ir for value in emit() or ()])
     return [Value(result) for result in op.results]
 
 
@@ -318,6 +348,31 @@ def shuffle_xor(value: Value, mask: int) -> Value:
     """The value of the lane whose number differs in the bits of `mask`."""
     kind = "f" if value.is_float else "r"
     return ptx(f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;", value, out=kind, convergent=True)[0]
+
+
+def sum_below(value: Value, lane: Value) -> Value:
+    """The sum of the values of a warp's lanes up to this one, `lane`."""
+    for distance in (1, 2, 4, 8, 16):
+        (other,) = ptx(
+            f"shfl.sync.up.b32 $0, $1, {distance}, 0, -1;", value, out="r", convergent=True
+        )
+        value = value + select(lane < distance, i32(0), other)
+    return value
+
+
+def sum_of_warp(value: Value) -> Value:
+    """The sum of an integer over the lanes of a warp."""
+    return ptx("redux.sync.add.s32 $0, $1, -1;", value, out="r", convergent=True)[0]
+
+
+def maximum_of_warp(value: Value) -> Value:
+    """The largest unsigned integer of the lanes of a warp."""
+    return ptx("redux.sync.max.u32 $0, $1, -1;", value, out="r", convergent=True)[0]
+
+
+def square_root(a: Value) -> Value:
+    """The square root to two units in the last place."""
+    return ptx("sqrt.approx.f32 $0, $1;", a, out="f", pure=True)[0]
 
 
 def opaque(value: Value) -> Value:

@@ -105,6 +105,21 @@ def named_barrier(number: int, threads: int) -> None:
     ptx(f"bar.sync {number}, {threads};", convergent=True)
 
 
+def arrive_cluster() -> None:
+    """This warp's writes to the cluster's shared memory are done; `wait_cluster` must follow."""
+    ptx("barrier.cluster.arrive.release.aligned;", convergent=True)
+
+
+def wait_cluster() -> None:
+    """Waits for all threads of the cluster to arrive, and sees what they wrote."""
+    ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+
+
+def in_first_block(address: Value) -> Value:
+    """Where the first block of the cluster has what this one has at an address."""
+    return ptx("mapa.shared::cluster.u32 $0, $1, 0;", address, out="r", pure=True)[0]
+
+
 def any_of(number: int, threads: int, condition: Value) -> Value:
     """Whether the condition holds in any of the `threads` threads that come here."""
     (result,) = ptx(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jmla
-from jmla import _mosaic_decode, attention
+from jmla import _implementation, _mosaic_decode
 from jmla.attention import dense_decode, sparse_decode, sparse_prefill
 from jmla.layouts import BF16Rows, FP4Rows, KVLayout, Rows, V4Rows, from_bytes, quantize, to_bytes
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
@@ -256,7 +256,7 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
     q, rows = Q(0, 2, 1, 3), rows_of(POW2, 1, 3, 7)
     indices = random_indices(2, 2, 1, 9, slots=21)
     for hopper in (False, True):
-        monkeypatch.setattr(attention, "_on_hopper", lambda hopper=hopper: hopper)
+        monkeypatch.setattr(_implementation, "on_hopper", lambda hopper=hopper: hopper)
         sparse_decode(q, rows, indices, sm_scale=SCALE)
         assert bool(calls) == hopper
     sparse_decode(q, rows, indices, sm_scale=SCALE, implementation="xla")
@@ -277,7 +277,7 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
 def test_a_plans_decode_reaches_the_kernel(
     calls, monkeypatch, layout: KVLayout, rank: int, served: bool
 ):
-    monkeypatch.setattr(attention, "_on_hopper", lambda: True)
+    monkeypatch.setattr(_implementation, "on_hopper", lambda: True)
     config = jmla.Config(
         num_heads=3, sm_scale=0.1, layout=layout, kv_lora_rank=rank, platform="sm_90"
     )

@@ -53,6 +53,8 @@ def kernels() -> Kernels:
         _replace(call, plgpu=launcher.plgpu, pl=launcher.pl, lax=launcher.lax)
         join = importlib.import_module(f"{_PACKAGE}.sparse_decode.join")
         _replace(join, plgpu=launcher.plgpu, lax=launcher.lax)
+        topk = importlib.import_module(f"{_PACKAGE}.select_topk.call")
+        _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 
