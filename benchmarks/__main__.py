@@ -2,19 +2,22 @@
 
 python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
+python -m benchmarks select_topk
 """
 
 import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 from rich.console import Console
+from rich.table import Table
 
-from benchmarks import peers, records, sparse_decode
+from benchmarks import peers, records, select_topk, sparse_decode
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
@@ -26,7 +29,11 @@ MATMUL_SIZE = 8192
 TABLE_WIDTH = 180
 SIZES = sparse_decode.Sizes()
 
+# Measures cases, with a timer, ceilings, an environment and what to do with one that fails.
+Start = Callable[..., Iterator[Any]]
+
 CASES = {case.name: case for case in sparse_decode.CASES}
+TOPK_CASES = {case.name: case for case in select_topk.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
 
@@ -52,11 +59,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of layouts 656 and 656-packed (default: %(default)s)",
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    _add_common(op, "FlashMLA over these; needs PyTorch and sgl-flash-mla")
+    op = ops.add_parser("select_topk", help=select_topk.__doc__)
+    op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
+    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
+    _add_common(op, "SGLang's fast_topk; needs PyTorch and sglang-kernel's library")
+    return parser.parse_args(arguments)
+
+
+def _add_common(op: argparse.ArgumentParser, peer: str) -> None:
     op.add_argument(
-        "--peer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also time FlashMLA over these; needs PyTorch and sgl-flash-mla",
+        "--peer", action=argparse.BooleanOptionalAction, default=True, help=f"also time {peer}"
     )
     op.add_argument(
         "--timer",
@@ -67,7 +80,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     op.add_argument("--out", type=Path, help="JSON lines to append to (default: one file per GPU)")
     op.add_argument("--commit", help="of the code (default: what git says)")
-    return parser.parse_args(arguments)
 
 
 def chosen[T](names: str, of: dict[str, T], option: str) -> list[T]:
@@ -81,6 +93,52 @@ def chosen[T](names: str, of: dict[str, T], option: str) -> list[T]:
     if unknown or not listed:
         raise ValueError(f"{option}: got {names!r}, expected names of {', '.join(of)}")
     return [of[name] for name in listed]
+
+
+def _sparse_decode(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, CASES, "--cases")
+    layouts = chosen(options.layouts, NAMES, "--layouts")
+    scale_formats = chosen(options.scale_formats, SCALE_FORMATS, "--scale-formats")
+    measured = sparse_decode.caches(layouts, scale_formats)
+    if options.peer and any(cache.has_peer for cache in measured):
+        peers.check()
+
+    def start(timer, ceilings, environment, failed):
+        bench = sparse_decode.Bench(
+            timer,
+            ceilings,
+            environment,
+            options.implementation,
+            with_peer=options.peer,
+            sizes=SIZES,
+        )
+        return bench.run(cases, measured, failed=failed)
+
+    return start
+
+
+def _select_topk(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, TOPK_CASES, "--cases")
+    if options.peer:
+        select_topk.FastTopk.load()
+
+    def start(timer, ceilings, environment, failed):
+        bench = select_topk.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, failed=failed)
+
+    return start
+
+
+_PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
+    "sparse_decode": _sparse_decode,
+    "select_topk": _select_topk,
+}
+_TABLES: dict[str, Callable[[Any], Table]] = {
+    "sparse_decode": records.table,
+    "select_topk": select_topk.table,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,12 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(f"{name}: {text}", markup=False, highlight=False)
 
     try:
-        cases = chosen(options.cases, CASES, "--cases")
-        layouts = chosen(options.layouts, NAMES, "--layouts")
-        scale_formats = chosen(options.scale_formats, SCALE_FORMATS, "--scale-formats")
-        measured = sparse_decode.caches(layouts, scale_formats)
-        if options.peer and any(cache.has_peer for cache in measured):
-            peers.check()
+        start = _PREPARED[options.op](options)
         timer = TIMERS[options.timer]()
         if options.timer != "wall" and jax.default_backend() != "gpu":
             raise ValueError(
@@ -125,22 +178,14 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(f"error: {error}", markup=False, highlight=False)
         return 2
 
-    bench = sparse_decode.Bench(
-        timer,
-        ceilings,
-        environment,
-        options.implementation,
-        with_peer=options.peer,
-        sizes=SIZES,
-    )
     path = options.out or records.results_path(environment.gpu)
-    done = []
-    for record in bench.run(cases, measured, failed=failed):
+    done: list[Any] = []
+    for record in start(timer, ceilings, environment, failed):
         records.append(record, path)
         done.append(record)
         log.print(record.to_json(), markup=False, highlight=False)
     if done:
-        console.print(records.table(done))
+        console.print(_TABLES[options.op](done))
         log.print(f"appended {len(done)} lines to {path}", markup=False)
     if broken:
         log.print(f"not measured: {', '.join(broken)}", markup=False)

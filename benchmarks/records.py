@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ("jax", "jaxlib", "torch", "sgl-flash-mla")
+PACKAGES = ("jax", "jaxlib", "torch", "sgl-flash-mla", "sglang-kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +87,28 @@ class Record:
 
     def to_json(self) -> str:
         """One line, floats to five digits."""
-        fields = dataclasses.asdict(self)
-        fields |= fields.pop("environment")
-        rounded = {
-            key: float(f"{value:.5g}") if isinstance(value, float) else value
-            for key, value in fields.items()
-        }
-        return json.dumps(rounded)
+        return to_json_line(self)
 
 
-def append(record: Record, path: Path) -> None:
+class Line(Protocol):
+    """A measured case of any op."""
+
+    def to_json(self) -> str:
+        """One line."""
+
+
+def to_json_line(record: Any) -> str:
+    """A record with an `environment` as one line: floats to five digits, all keys on one level."""
+    fields = dataclasses.asdict(record)
+    fields |= fields.pop("environment")
+    rounded = {
+        key: float(f"{value:.5g}") if isinstance(value, float) else value
+        for key, value in fields.items()
+    }
+    return json.dumps(rounded)
+
+
+def append(record: Line, path: Path) -> None:
     """Add a line to the file, which is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -174,19 +187,20 @@ def table(records: Sequence[Record]) -> Table:
         made.add_row(
             " ".join(word for word in words if word not in (None, "uniform")),
             f"{record.ours_us:.1f}",
-            _cell(record.peer_us, ".1f"),
-            _cell(record.peer_us and record.peer_us / record.ours_us, ".2f"),
+            cell(record.peer_us, ".1f"),
+            cell(record.peer_us and record.peer_us / record.ours_us, ".2f"),
             f"{record.floor_us:.1f}",
             f"{record.tflops:.0f}",
             f"{record.gbps:.0f}",
             f"{record.error:.2e}",
-            _cell(record.peer_error, ".2e"),
+            cell(record.peer_error, ".2e"),
             f"{record.lse_error:.1e}",
-            _cell(record.peer_lse_error, ".1e"),
+            cell(record.peer_lse_error, ".1e"),
             f"{record.first_call_s:.1f}",
         )
     return made
 
 
-def _cell(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
+    """A number in a table, or what stands for none."""
     return "-" if value is None else format(value, form)

@@ -152,7 +152,12 @@ def _launch(windows: _Windows, conversion: _Conversion, k: int, page_size: int) 
     operands: dict[str, Array] = {}
     match conversion:
         case _Pages(page_table, requests):
-            target = kernels.PagedSlots(page_size, *page_table.shape, requests is None)
+            target = kernels.PagedSlots(
+                page_size=page_size,
+                requests=page_table.shape[0],
+                max_pages=page_table.shape[1],
+                own_request=requests is None,
+            )
             operands["page_table"] = page_table
             if requests is not None:
                 operands["requests"] = requests

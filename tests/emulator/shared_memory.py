@@ -15,7 +15,11 @@ LARGEST = 227 * 1024  # of all arrays
 _SIZE = 1 << 18  # of what a descriptor addresses
 _UNWRITTEN = 0x7FFFDEAD  # a NaN
 
-_COMBINED = {"add": operator.add, "or": operator.or_, "max": max}
+_COMBINED: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "or": operator.or_,
+    "max": max,
+}
 
 # Called with the bytes of an access, the addresses and the threads.
 Watcher = Callable[[int, np.ndarray, np.ndarray], None]

@@ -29,7 +29,7 @@ def rows_of_kind(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarra
     places and not where a sample with a stride looks; "zeros" are mostly that, of both signs.
     """
     rng = np.random.default_rng([seed, KINDS.index(kind), columns])
-    scores = rng.standard_normal((rows, columns)).astype(np.float32)
+    scores: np.ndarray = rng.standard_normal((rows, columns)).astype(np.float32)
     match kind:
         case "ties":
             scores = np.round(scores * 8) / 8

@@ -126,7 +126,7 @@ def test_equal_to_the_jnp_path_and_the_same_each_time():
 def test_slots_and_ragged_rows(columns: int, page_size: int):
     rows, requests, k = 20, 6, 2048
     rng = np.random.default_rng(columns)
-    scores = rng.standard_normal((rows, columns)).astype(np.float32)
+    scores = jnp.asarray(rng.standard_normal((rows, columns)), jnp.float32)
     lengths = jnp.asarray(rng.integers(0, columns + 1, rows), jnp.int32)
     pages = columns // page_size - 3
     table = rng.permutation(requests * pages).reshape(requests, pages).astype(np.int32)

@@ -174,5 +174,8 @@ def test_wrong_arguments() -> None:
         select_topk(scores, lengths, 0)
     with pytest.raises(ValueError, match="implementation='cuda'"):
         select_topk(scores, lengths, 2, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="no top-k kernel"):
-        select_topk(scores, lengths, 2, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="k=4097: the mosaic_gpu kernel selects at most"):
+        select_topk(scores, lengths, 4097, implementation="mosaic_gpu")
+    wide = jax.ShapeDtypeStruct((2, (1 << 20) + 1), jnp.float32)
+    with pytest.raises(NotImplementedError, match="rows of at most 1048576"):
+        jax.eval_shape(lambda x: select_topk(x, lengths, 2, implementation="mosaic_gpu"), wide)
