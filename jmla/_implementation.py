@@ -2,10 +2,6 @@
 
 from collections.abc import Sequence
 
-from jmla import _mosaic_decode
-from jmla.backends import detect_platform
-from jmla.config import quote
-
 
 def choose(implementation: str | None, reasons: Sequence[str], others: tuple[str, ...]) -> str:
     """The implementation to run.
@@ -24,10 +20,8 @@ def choose(implementation: str | None, reasons: Sequence[str], others: tuple[str
     if implementation in others:
         return implementation
     if implementation != "mosaic_gpu":
-        raise ValueError(
-            f"{implementation=}: expected {quote(('mosaic_gpu', *others))}, or None for the best "
-            "one"
-        )
+        known = ", ".join(repr(name) for name in ("mosaic_gpu", *others))
+        raise ValueError(f"{implementation=}: expected {known}, or None for the best one")
     if reasons:
         raise NotImplementedError(
             f"{implementation=} cannot serve this call: {'; '.join(reasons)}. Pass "
@@ -38,4 +32,8 @@ def choose(implementation: str | None, reasons: Sequence[str], others: tuple[str
 
 def on_hopper() -> bool:
     """Whether JAX's default device is what the kernels are made for."""
+    # The layouts need this module, and these need the layouts.
+    from jmla import _mosaic_decode
+    from jmla.backends import detect_platform
+
     return detect_platform() == _mosaic_decode.PLATFORM

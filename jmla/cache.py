@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jmla.layouts.base import KVLayout, Rows, ScaleFormat
+from jmla._mosaic_cache import (
+    CacheImplementation,
+    store,
+    takes_kernel,
+    unsupported_reasons,
+)
+from jmla.layouts.base import KVLayout, Rows, ScaleFormat, check_latents
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
 
@@ -101,6 +107,8 @@ def append(
     slots: Int[Array, " n"],
     latents: Float[Array, "n width"],
     index_keys: Float[Array, "n dim"] | None = None,
+    *,
+    implementation: CacheImplementation | None = None,
 ) -> Cache:
     """The cache with new tokens stored, quantised to the cache's own format.
 
@@ -112,28 +120,37 @@ def append(
             marked by -1. Of duplicates, an unspecified one stays.
         latents: bf16 or f32 `[n, width]`.
         index_keys: bf16 or f32 `[n, dim]`; required if the cache has index keys, else None.
+        implementation: "mosaic_gpu", one kernel for Hopper that writes into the cache; "xla"; None
+            is the kernel where JAX's default device is a Hopper and the kernel serves the call.
+            Both store the same bytes, but for the sign of NaN. The kernel has no derivatives.
 
     Raises:
         ValueError: a wrong shape or dtype, or index keys given or left out against the cache.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     cache.rows.check()
     if slots.ndim != 1 or slots.dtype != jnp.int32:
         raise ValueError(f"{slots.shape=} {slots.dtype=}: expected int32 [n], a slot per token")
     if latents.ndim != 2 or latents.shape[0] != slots.shape[0]:
         raise ValueError(f"{latents.shape=}: expected [{slots.shape[0]}, {cache.rows.width}]")
-    rows = cache.rows.set(slots, cache.rows.encode(latents))
+    check_latents(latents, cache.rows.width)
     if cache.index_keys is None:
         if index_keys is not None:
             raise ValueError(
                 f"{index_keys.shape=}: expected None, the cache has no index keys; pass index_dim "
                 "to init_cache"
             )
-        return Cache(rows)
-    cache.index_keys.check()
-    if index_keys is None or index_keys.shape[:-1] != slots.shape:
-        got = "None" if index_keys is None else f"{index_keys.shape}"
-        raise ValueError(
-            f"index_keys: got {got}, expected [{slots.shape[0]}, {cache.index_keys.dim}]: the "
-            "cache keeps an index key for each token"
-        )
-    return Cache(rows, cache.index_keys.set(slots, cache.index_keys.encode(index_keys)))
+    else:
+        cache.index_keys.check()
+        if index_keys is None or index_keys.shape[:-1] != slots.shape:
+            got = "None" if index_keys is None else f"{index_keys.shape}"
+            raise ValueError(
+                f"index_keys: got {got}, expected [{slots.shape[0]}, {cache.index_keys.dim}]: the "
+                "cache keeps an index key for each token"
+            )
+        check_latents(index_keys, cache.index_keys.dim)
+    targets, sources = (cache.rows,), (latents,)
+    if cache.index_keys is not None and index_keys is not None:
+        targets, sources = (cache.rows, cache.index_keys), (latents, index_keys)
+    kernel = takes_kernel(implementation, lambda: unsupported_reasons(*targets, *sources))
+    return Cache(*store(targets, slots, sources, kernel=kernel))

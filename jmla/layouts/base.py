@@ -90,6 +90,10 @@ class TokenRows(abc.ABC):
         """The number of rows: the product of the token axes."""
         return math.prod(self.shape)
 
+    @abc.abstractmethod
+    def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
+        """Quantises bf16 or f32 values to the format of these rows, whose data is not used."""
+
     def check(self) -> None:
         """Raises ValueError unless each leaf has the dtype and shape that the layout names."""
         token_axes = self.shape

@@ -1,18 +1,27 @@
-"""Latents to rows, rows to bytes, and one layout to another."""
+"""Latents to rows, rows to bytes, and one layout to another.
+
+`implementation` of what computes here is "mosaic_gpu", a kernel for Hopper (compute capability
+9.0); "xla"; or None, the kernel where JAX's default device is a Hopper and the kernel serves the
+call. Both give the same bytes, but for the sign and the payload of NaN. Under vmap, and for
+derivatives, the kernel's work is done by XLA.
+"""
 
 import dataclasses
 
-import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32, Int, UInt8
+import jax
+from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
+from jmla._mosaic_cache import CacheImplementation, takes_kernel, unsupported_reasons
+from jmla._mosaic_cache import rewrite as rewrite_by_kernel
 from jmla.layouts._bits import check_unpaged
-from jmla.layouts.base import BLOCK_SCALE_TILE, KVLayout, Rows, ScaleFormat
+from jmla.layouts.base import KVLayout, Rows, ScaleFormat, check_latents, check_slots
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
 from jmla.layouts.paged_v4 import PagedV4Rows
+from jmla.layouts.rewrite import keeps_codes, rewrite
 from jmla.layouts.v4 import V4Rows
 
 
@@ -65,6 +74,7 @@ def quantize(
     rope_dim: int = 64,
     scale_format: ScaleFormat = "pow2",
     scale: Array | float | None = None,
+    implementation: CacheImplementation | None = None,
 ) -> Rows:
     """Latents in `layout`, with arithmetic in f32.
 
@@ -76,12 +86,14 @@ def quantize(
         scale_format: "pow2" for FlashMLA's rule, "fp32" for SGLang's; only the block-scale layout
             looks at it.
         scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
+        implementation: see the module.
 
     Returns:
         Rows of token shape `latents.shape[:-1]`.
 
     Raises:
         ValueError: another dtype or width, or one for which the layout is not defined.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     if latents.ndim == 0:
         raise ValueError(f"{latents.shape=}: expected [..., rank + rope_dim]")
@@ -89,13 +101,38 @@ def quantize(
     form = zero_rows(
         layout, (0,), rank=rank, rope_dim=rope_dim, scale_format=scale_format, scale=scale
     )
-    return form.encode(latents)
+    check_latents(latents, form.width)
+    return _rewritten(latents, form, None, implementation)
 
 
-def dequantize(rows: Rows) -> BFloat16[Array, "*tokens width"]:
-    """The latents of `rows`: an f32 product, rounded once to bf16."""
+def dequantize(
+    rows: Rows,
+    *,
+    slots: Int[Array, "..."] | None = None,
+    implementation: CacheImplementation | None = None,
+) -> BFloat16[Array, "*tokens width"]:
+    """The latents of `rows`: an f32 product, rounded once to bf16.
+
+    Args:
+        rows: of any token axes.
+        slots: int32 of any shape, the rows to take; a slot outside `[0, num_slots)` gives zeros.
+            None takes all.
+        implementation: see the module.
+
+    Returns:
+        bf16, with the token axes of `rows`, or those of `slots`.
+
+    Raises:
+        ValueError: rows that are not sound, or slots that are not int32.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
+    """
     rows.check()
-    return rows.dequantize()
+    if slots is not None:
+        check_slots(slots)
+    if isinstance(rows, BF16Rows) and slots is None:
+        return rows.latents
+    form = BF16Rows.zeros((0,), rank=rows.rank, rope_dim=rows.rope_dim)
+    return _rewritten(rows, form, slots, implementation).dequantize()
 
 
 def to_bytes(rows: Rows, *, page_bytes: int | None = None) -> UInt8[Array, "*tokens bytes"]:
@@ -166,6 +203,7 @@ def convert(
     slots: Int[Array, "..."] | None = None,
     scale_format: ScaleFormat | None = None,
     scale: Array | float | None = None,
+    implementation: CacheImplementation | None = None,
 ) -> Rows:
     """The same latents in another layout, for the whole cache or for chosen slots.
 
@@ -182,19 +220,17 @@ def convert(
         scale_format: of a block-scale target; None keeps that of a block-scale source, else "pow2".
             Power-of-two scales are f32 scales as they stand; the other way requantises.
         scale: of an FP8_NOPE_FP8_ROPE target; None keeps the source's if that is of this layout.
+        implementation: see the module.
 
     Raises:
         ValueError: the target is not defined for the source's rank, or scales cannot be expressed.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     rows.check()
     if slots is not None:
-        rows = rows.gather(slots)
-    if isinstance(rows, PackedBlockScaleRows | PagedV4Rows):
-        rows = rows.unpacked()
-    if isinstance(rows, BlockScaleRows):
+        check_slots(slots)
+    if isinstance(rows, BlockScaleRows | PackedBlockScaleRows):
         scale_format = scale_format or rows.scale_format
-        if rows.scale_format == "pow2" and scale_format == "fp32":
-            rows = dataclasses.replace(rows, scale_format="fp32")
     form = zero_rows(
         layout,
         (0,),
@@ -203,29 +239,38 @@ def convert(
         scale_format=scale_format or "pow2",
         scale=scale,
     )
+    if isinstance(rows, FP8Rows) and isinstance(form, FP8Rows) and scale is None:
+        if slots is None:
+            return rows
+        codes = dataclasses.replace(rows, scale=None)
+        taken = _rewritten(codes, form, slots, implementation)
+        return dataclasses.replace(taken, scale=rows.scale)
     if isinstance(rows, FP8Rows) and isinstance(form, BlockScaleRows):
-        return _fp8_to_block_scale(rows, form)
-    if isinstance(rows, FP8Rows) and isinstance(form, FP8Rows):
-        return rows if scale is None else form.encode(rows.dequantize())
-    if isinstance(rows, BlockScaleRows) and isinstance(form, BlockScaleRows):
-        same = rows.scale_format == form.scale_format
-        return rows if same else form.encode(rows.dequantize())
-    return rows if rows.layout is layout else form.encode(rows.dequantize())
+        _check_block_scales(rows, form)
+    ours: object = jax.tree.structure(form)
+    if slots is None and keeps_codes(rows, form) and jax.tree.structure(rows) == ours:
+        return rows
+    return _rewritten(rows, form, slots, implementation)
 
 
-def _fp8_to_block_scale(rows: FP8Rows, form: BlockScaleRows) -> BlockScaleRows:
+def _rewritten(
+    source: Rows | Float[Array, "*tokens width"],
+    form: Rows,
+    slots: Int[Array, "..."] | None,
+    implementation: CacheImplementation | None,
+) -> Rows:
+    kernel = takes_kernel(implementation, lambda: _reasons(source, form))
+    return (rewrite_by_kernel if kernel else rewrite)(source, form, slots)
+
+
+def _reasons(source: Rows | Float[Array, "*tokens width"], form: Rows) -> list[str]:
+    return unsupported_reasons(source) + unsupported_reasons(form, empty=True)
+
+
+def _check_block_scales(rows: FP8Rows, form: BlockScaleRows) -> None:
     if rows.scale is not None and form.scale_format == "pow2":
         raise ValueError(
             f"scale_format='pow2' with {rows.scale=}: expected 'fp32', because the blocks take the "
             "scale of the tensor, whose value need not be a power of two and is not known at trace "
             "time; pass scale_format='fp32', or rows without a scale"
         )
-    scale: Float32[Array, ""] = jnp.float32(1) if rows.scale is None else rows.scale
-    blocks = rows.rank // BLOCK_SCALE_TILE
-    rope = dataclasses.replace(rows, values=rows.values[..., rows.rank :], rank=0)
-    return dataclasses.replace(
-        form,
-        nope=rows.values[..., : rows.rank],
-        scales=jnp.broadcast_to(scale, (*rows.shape, blocks)),
-        rope=rope.dequantize(),
-    )

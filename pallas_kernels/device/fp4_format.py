@@ -28,6 +28,7 @@ from pallas_kernels.device.row_formats import (
 from pallas_kernels.device.simt import (
     Thread,
     Value,
+    choose_bits,
     f32,
     i32,
     maximum_s16,
@@ -199,18 +200,13 @@ def e2m1_pairs(word: Value) -> list[Value]:
     pairs = []
     # The codes in even and in odd places, each as the upper byte of an f16 in its own byte.
     for magnitude, sign in ((word << 1, word << 4), (word >> 3, word)):
-        both = _choose_bits(sign, magnitude, _signed(0x80808080))
+        both = choose_bits(sign, magnitude, _signed(0x80808080))
         pairs.append([(both << 8) & _signed(0x8E008E00), both & _signed(0x8E008E00)])
     return [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
 
 
 def _signed(word: int) -> int:
     return word - (1 << 32)
-
-
-def _choose_bits(a: Value, b: Value, mask: int) -> Value:
-    """Bits of `a` where the mask is 1, else of `b`."""
-    return ptx("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, i32(mask), out="r", pure=True)[0]
 
 
 def _add(a: Value, b: Value) -> Value:

@@ -118,6 +118,11 @@ def store_global(address: Value, values: Sequence[Value], offset: int = 0) -> No
     )
 
 
+def store_global_byte(address: Value, value: Value, offset: int = 0) -> None:
+    """Stores the lowest byte of a word."""
+    ptx(f"st.global.u8 [$0+{offset}], $1;", address, value)
+
+
 def load_f16_twice(address: Value, offset: int) -> Value:
     """An f16 in shared memory, in both halves of a word."""
     text = f"{{ .reg .b16 half; ld.shared.b16 half, [$1+{offset}]; mov.b32 $0, {{half, half}}; }}"

@@ -151,9 +151,24 @@ def minimum(a: Value, b: Value | int) -> Value:
     return Value(arith.minsi(a.ir, a._lift(b)))
 
 
+def maximum(a: Value, b: Value) -> Value:
+    """The larger of two signed integers."""
+    return Value(arith.maxsi(a.ir, b.ir))
+
+
+def minimum_s16(a: Value, b: Value) -> Value:
+    """The smaller of each of two pairs of signed 16-bit integers."""
+    return ptx("min.s16x2 $0, $1, $2;", a, b, out="r", pure=True)[0]
+
+
 def maximum_s16(a: Value, b: Value) -> Value:
     """The larger of each of two pairs of signed 16-bit integers."""
     return ptx("max.s16x2 $0, $1, $2;", a, b, out="r", pure=True)[0]
+
+
+def choose_bits(a: Value, b: Value, mask: int) -> Value:
+    """Bits of `a` where the mask is 1, else of `b`."""
+    return ptx("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, i32(mask), out="r", pure=True)[0]
 
 
 def floor_divide(a: Value, b: int) -> Value:

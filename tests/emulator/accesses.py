@@ -63,6 +63,11 @@ def store_global(match: re.Match, address: np.ndarray, value: Any) -> None:
     current().block.memory.store(address, _rows(value))
 
 
+@instruction(r"st\.global\.u8", targets=0)
+def store_global_byte(match: re.Match, address: np.ndarray, value: np.ndarray) -> None:
+    current().block.memory.store_byte(address, value)
+
+
 def _rows(value: Any) -> np.ndarray:
     return np.stack(value if isinstance(value, list) else [value], axis=1)
 

@@ -67,6 +67,7 @@ remui = _binary(operator.mod)
 shli = _shift(operator.lshift)
 shrui = _shift(operator.rshift)
 shrsi = _shift(lambda x, y: (_signed(x) >> _signed(y)).view(x.dtype))
+maxsi = _binary(lambda x, y: np.maximum(_signed(x), _signed(y)).view(x.dtype))
 minsi = _binary(lambda x, y: np.minimum(_signed(x), _signed(y)).view(x.dtype))
 
 

@@ -60,6 +60,22 @@ def pack(match: re.Match, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return words(np.stack([_float(lower), _float(upper)], axis=1).astype(FLOATS[match[1]]))
 
 
+@instruction(r"cvt\.rz\.f16x2\.f32")
+def truncate(match: re.Match, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    exact = np.stack([_float(lower), _float(upper)], axis=1)
+    nearest = exact.astype(F16)
+    beyond = np.abs(nearest.astype(np.float32)) > np.abs(exact)
+    return words(np.where(beyond, np.nextafter(nearest, F16.type(0)), nearest))
+
+
+@instruction(r"cvt\.rn\.satfinite\.e4m3x2\.f32")
+def encode_codes(match: re.Match, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    values = np.clip(np.stack([_float(lower), _float(upper)], axis=1), -448, 448)
+    codes = values.astype(_E4M3).view(np.uint8)
+    codes = np.where(np.isnan(values), 0x7F, codes).astype(np.uint8)
+    return codes.view(np.uint16).reshape(-1)
+
+
 @instruction(r"cvt\.rn\.f16x2\.e4m3x2")
 def widen_codes(match: re.Match, codes: np.ndarray) -> np.ndarray:
     return words(np.ascontiguousarray(codes).view(_E4M3).reshape(-1, 2).astype(F16))
@@ -75,10 +91,10 @@ def widen(match: re.Match, value: np.ndarray) -> np.ndarray:
     return _bits(np.ascontiguousarray(value).view(F16).astype(np.float32))
 
 
-@instruction(r"(max|add)\.(s|u)16x2")
+@instruction(r"(max|min|add)\.(s|u)16x2")
 def integer_pairs(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     kind = np.int16 if match[2] == "s" else np.uint16
-    function = np.maximum if match[1] == "max" else np.add
+    function = {"max": np.maximum, "min": np.minimum, "add": np.add}[match[1]]
     return words(function(pairs(a, kind), pairs(b, kind)))
 
 
@@ -147,6 +163,12 @@ def fma(match: re.Match, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndar
 @instruction(r"max\.f32")
 def maximum(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _bits(np.fmax(_float(a), _float(b)))
+
+
+@instruction(r"min\.NaN\.xorsign\.abs\.f32")
+def smaller_magnitude(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    magnitude = np.minimum(np.abs(_float(a)), np.abs(_float(b)))  # NaN if one is
+    return _bits(magnitude) | ((a ^ b) & np.uint32(1 << 31))
 
 
 @instruction(r"div\.rn\.f32")

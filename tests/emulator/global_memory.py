@@ -15,11 +15,18 @@ _UNSET = 0xFF  # NaN in every format
 class GlobalMemory:
     """Arrays far apart, so that an address outside of one is inside of none."""
 
-    def __init__(self, operands: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self,
+        operands: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
+        updated: Sequence[int] = (),
+    ) -> None:
+        """Copies the operands; those whose numbers are in `updated` may be stored to."""
         arrays = [*operands, *results]
         self.addresses = [(i + 1) << _SPACING for i in range(len(arrays))]
         self._sizes = [array.nbytes for array in arrays]
         self._first_result = len(operands)
+        self._updated = frozenset(updated)
         self._bytes = []
         for array in arrays:
             padded = np.full(-(-array.nbytes // 16) * 16, _UNSET, np.uint8)
@@ -58,10 +65,24 @@ class GlobalMemory:
         """`values` [128, count] of the running threads."""
         mask = current().mask
         for array, chosen, offsets in self._places(addresses[mask], 4 * values.shape[1]):
-            if array < self._first_result:
-                raise Fault(f"{array=}: a store to an operand, the first {self._first_result}")
+            self._expect_writable(array)
             words = (offsets >> 2)[:, None] + np.arange(values.shape[1])
             self._bytes[array].view(np.uint32)[words] = values[mask][chosen]
+
+    def store_byte(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """The lowest byte of `values` [128] of the running threads."""
+        mask = current().mask
+        for array, chosen, offsets in self._places(addresses[mask], 1):
+            self._expect_writable(array)
+            self._bytes[array][offsets] = values[mask][chosen].astype(np.uint8)
+
+    def _expect_writable(self, array: int) -> None:
+        if array < self._first_result and array not in self._updated:
+            raise Fault(f"{array=}: a store to an operand, the first {self._first_result}")
+
+    def operand(self, number: int, like: np.ndarray) -> np.ndarray:
+        """An operand as it is now, of the shape and type of `like`."""
+        return self._bytes[number][: like.nbytes].view(like.dtype).reshape(like.shape)
 
     def results(self, shapes: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The results, of the shapes and types of `shapes`."""

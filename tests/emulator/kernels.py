@@ -55,6 +55,8 @@ def kernels() -> Kernels:
         _replace(join, plgpu=launcher.plgpu, lax=launcher.lax)
         topk = importlib.import_module(f"{_PACKAGE}.select_topk.call")
         _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
+        codec = importlib.import_module(f"{_PACKAGE}.cache_codec.call")
+        _replace(codec, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 

@@ -4,6 +4,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 
@@ -14,6 +15,13 @@ from tests.emulator.shared_memory import Watcher
 from tests.emulator.warpgroup import current
 
 Code = Callable[..., None]
+
+
+class Mutable:
+    """An array that a launch changes in place, as `jax.new_ref` makes it."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = np.array(array)
 
 
 class Launcher:
@@ -38,6 +46,9 @@ class Launcher:
             LoweringSemantics=plgpu.LoweringSemantics,
         )
         self.pl = types.SimpleNamespace(when=lambda holds: lambda code: code() if holds else None)
+        self.jax = types.SimpleNamespace(
+            new_ref=Mutable, freeze=lambda ref: ref.array, ShapeDtypeStruct=jax.ShapeDtypeStruct
+        )
         self.lax = types.SimpleNamespace(axis_index=_axis_index)
 
     def _kernel(
@@ -53,9 +64,12 @@ class Launcher:
         compiler_params: Any,
     ) -> Callable[..., list[np.ndarray]]:
         def launch(*operands: Any) -> list[np.ndarray]:
-            given = [np.asarray(operand) for operand in operands]
+            updated = [i for i, each in enumerate(operands) if isinstance(each, Mutable)]
+            given = [
+                each.array if isinstance(each, Mutable) else np.asarray(each) for each in operands
+            ]
             results = [np.empty(each.shape, each.dtype) for each in out_type]
-            memory = GlobalMemory(given, results)
+            memory = GlobalMemory(given, results, updated)
             arrays = [Reference(address, 64) for address in memory.addresses]
             for number in range(*grid):
                 block = Block(
@@ -68,6 +82,8 @@ class Launcher:
                 )
                 shared = [Reference(address, 32) for address in block.shared.addresses]
                 block.run(lambda shared=shared: code(*arrays, *shared))  # type: ignore[misc]
+            for i in updated:
+                operands[i].array = memory.operand(i, given[i])
             return memory.results(results)
 
         return launch

@@ -1,0 +1,28 @@
+"""How rows are spread over warps and blocks: measured on an H200."""
+
+from typing import NamedTuple
+
+from pallas_kernels.cache_codec.e4m3 import TensorPart
+from pallas_kernels.cache_codec.formats import Format
+from pallas_kernels.cache_codec.parts import BF16Part
+
+# Up to here a row's latency counts, and rows are spread as far as they go.
+_FEW_ROWS = 4096
+
+
+class Spread(NamedTuple):
+    """How many rows a warp takes, a power of two, and how many warpgroups a block has."""
+
+    rows: int
+    warpgroups: int
+
+
+def spread(source: Format, target: Format, rows: int) -> Spread:
+    """That for rows of one format that become rows of another."""
+    if rows <= _FEW_ROWS:
+        return Spread(1, 1)
+    if any(isinstance(part, TensorPart) and part.scale for part in target.parts):
+        # Nothing orders the divisions of a row's values: a large block bounds their registers.
+        return Spread(4, 4)
+    # bf16 fills the loads of a lane, and so does nothing else.
+    return Spread(4 if all(isinstance(part, BF16Part) for part in source.parts) else 2, 1)

@@ -1,0 +1,118 @@
+"""The kernels that write and convert rows, thread by thread, against XLA on the CPU."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmla.cache import append as jmla_append
+from jmla.cache import init_cache
+from jmla.layouts import (
+    BF16Rows,
+    KVLayout,
+    convert,
+    dequantize,
+    from_bytes,
+    quantize,
+    to_bytes,
+    zero_rows,
+)
+from tests.emulator.cache import append, rewrite
+from tests.layouts.bits import assert_same_but_nan, every_kind, without_nan, without_subnormal
+from tests.layouts.cases import BLOCK, FORMATS, RAW
+
+# Rows of 448 + 64 hold every layout but block scales, of 512 + 64 all.
+RANKS = {name: 448 if name == "v4" else 512 for name in FORMATS}
+every_format = pytest.mark.parametrize("name", FORMATS)
+DIVIDED = ("fp32", "fp8_scale")
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+
+
+def hostile(name: str, *, every: int = 7) -> np.ndarray:
+    latents = every_kind(RANKS[name] + 64)[::every]
+    return without_subnormal(latents) if name in DIVIDED else latents
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "scale_format"))
+def by_xla(x: jax.Array, layout: KVLayout, **options: Any) -> Any:
+    return quantize(x, layout, implementation="xla", **options)
+
+
+def form_of(name: str) -> Any:
+    layout, options = FORMATS[name]
+    return zero_rows(layout, (0,), rank=RANKS[name], **options)
+
+
+@every_format
+def test_quantize(name: str):
+    latents, (layout, options) = hostile(name), FORMATS[name]
+    ours = rewrite(latents, form_of(name))
+    assert_same_but_nan(ours, by_xla(jnp.asarray(latents), layout, **options))
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp4"])
+def test_quantize_f32(name: str):
+    layout, options = FORMATS[name]
+    with np.errstate(all="ignore"):
+        latents = hostile(name, every=31).astype(np.float32)
+        latents = without_subnormal(latents * np.float32(1.0009))
+    ours = rewrite(latents, form_of(name))
+    assert_same_but_nan(ours, by_xla(jnp.asarray(latents), layout, **options))
+
+
+@every_format
+def test_dequantize_some_slots(name: str):
+    layout, options = FORMATS[name]
+    rows = by_xla(jnp.asarray(hostile(name)), layout, **options)
+    rng = np.random.default_rng(0)
+    slots = rng.integers(-4, rows.num_slots + 4, 37).astype(np.int32)
+    slots[:3] = [-1, INT_MAX, INT_MIN]
+    form = BF16Rows.zeros((0,), rank=rows.rank, rope_dim=64)
+    ours = rewrite(rows, form, slots)
+    assert_same_but_nan(ours.dequantize(), dequantize(rows.gather(jnp.asarray(slots))))
+
+
+def test_the_golden_bytes_of_repacking():
+    with np.load("tests/data/requantize_raw_to_656.npz") as data:
+        raw, packed = data["raw"], data["packed"]
+    rows = from_bytes(jnp.asarray(raw), RAW).flat()
+    ours = rewrite(rows, zero_rows(BLOCK, (0,)))
+    np.testing.assert_array_equal(to_bytes(ours).reshape(packed.shape), packed)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("pow2", "fp8"), ("pow2", "fp4"), ("fp4", "fp32"), ("fp32", "pow2"), ("fp8_scale", "fp32")],
+)
+def test_convert(before: str, after: str):
+    (source, given), (layout, options) = FORMATS[before], FORMATS[after]
+    rows = by_xla(jnp.asarray(hostile(before, every=41)), source, **given)
+    ours = rewrite(rows, form_of(after))
+    assert_same_but_nan(ours, convert(rows, layout, implementation="xla", **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [*((name, False) for name in FORMATS), ("pow2", True), ("v4", True)]
+)
+def test_append(name: str, packed: bool):
+    layout, options = FORMATS[name]
+    rng = np.random.default_rng(1)
+    n = 21
+    latents, keys = hostile(name)[:n], hostile("fp32")[:n, 64:192]
+    cache = init_cache(layout, num_pages=5, page_size=8, index_dim=128, **options)
+    if packed:
+        latents = without_nan(latents)
+        paged = {"page_size": 8} if name == "v4" else options
+        rows = from_bytes(to_bytes(cache.rows), layout, in_place=True, **paged)
+        cache = type(cache)(rows, cache.index_keys)
+    slots = rng.permutation(40)[:n].astype(np.int32)
+    slots[[2, 5, 9]] = [-1, 40, INT_MIN]
+    assert cache.index_keys is not None
+    rows, index_keys = append([cache.rows, cache.index_keys], slots, [latents, keys])
+    expected = jax.jit(functools.partial(jmla_append, implementation="xla"))(
+        cache, jnp.asarray(slots), jnp.asarray(latents), jnp.asarray(keys)
+    )
+    assert_same_but_nan(type(cache)(rows, index_keys), expected)

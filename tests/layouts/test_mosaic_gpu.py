@@ -1,0 +1,259 @@
+"""The kernels that write and convert rows, on a Hopper, byte by byte against XLA on the CPU."""
+
+import functools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmla.cache import append, init_cache
+from jmla.layouts import (
+    KVLayout,
+    Rows,
+    convert,
+    dequantize,
+    from_bytes,
+    quantize,
+    to_bytes,
+)
+from tests.helpers import golden
+from tests.layouts.bits import (
+    assert_same_but_nan,
+    every_kind,
+    on_cpu,
+    without_nan,
+    without_subnormal,
+)
+from tests.layouts.cases import BLOCK, RAW
+
+pytestmark = pytest.mark.usefixtures("hopper")
+
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+FORMATS: dict[str, tuple[KVLayout, dict[str, Any]]] = {
+    "bf16": (KVLayout.BF16, {}),
+    "fp8": (RAW, {}),
+    "fp8_scale": (RAW, {"scale": 0.3}),
+    "pow2": (BLOCK, {"scale_format": "pow2"}),
+    "fp32": (BLOCK, {"scale_format": "fp32"}),
+    "fp4": (KVLayout.FP4, {}),
+    "v4": (KVLayout.FP8_V4, {}),
+}
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+def width_of(name: str) -> int:
+    return 512 if name == "v4" else 576
+
+
+def kernel(function: Any, **options: Any) -> Any:
+    return functools.partial(function, implementation="mosaic_gpu", **options)
+
+
+def by_xla(function: Any, *arguments: Any, **options: Any) -> Any:
+    """On the CPU; XLA on a GPU may contract what it fuses."""
+    run = jax.jit(functools.partial(function, implementation="xla", **options))
+    return run(*(on_cpu(each) for each in arguments))
+
+
+def hostile(name: str) -> np.ndarray:
+    """Adversarial latents."""
+    latents = every_kind(width_of(name))
+    return without_subnormal(latents) if name in ("fp32", "fp8_scale") else latents
+
+
+@functools.cache
+def hostile_rows(name: str) -> Rows:
+    """Adversarial rows, of every code, made on the CPU."""
+    layout, options = FORMATS[name]
+    return by_xla(quantize, jnp.asarray(hostile(name)), layout=layout, **options)
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_quantize(name: str, dtype: Any):
+    layout, options = FORMATS[name]
+    latents = hostile(name)
+    if dtype == jnp.float32:
+        rng = np.random.default_rng(5)
+        wide = latents.astype(np.float32)
+        # XLA on the CPU may flush what is subnormal.
+        normal = np.abs(wide) >= 2.0**-100
+        with np.errstate(all="ignore"):
+            latents = np.where(normal, wide * rng.uniform(0.998, 1.002, wide.shape), 0)
+    latents = jnp.asarray(latents, dtype)
+    ours = kernel(quantize, layout=layout, **options)(latents)
+    assert_same_but_nan(ours, by_xla(quantize, latents, layout=layout, **options))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [1e-45, 3e-39, 2.0**-126, 1.1e-30, 0.01, 1.0, 448.0, 7e11, 2.0**126, 3e38, -0.7, 0.0, np.inf],
+)
+def test_scales_of_a_tensor(scale: float):
+    latents = jnp.asarray(every_kind(576))
+    ours = quantize(latents, RAW, scale=scale, implementation="mosaic_gpu")
+    x = np.asarray(latents).astype(np.float32)
+    with np.errstate(all="ignore"):
+        quotient = x / np.float32(scale)
+    codes = np.clip(quotient, -448, 448).astype(jnp.float8_e4m3fn)
+    expected = quantize(jnp.zeros((*x.shape,), jnp.bfloat16), RAW, scale=scale)
+    assert_same_but_nan(ours.values, jnp.asarray(codes))
+    assert_same_but_nan(ours.scale, expected.scale)
+
+
+@every_format
+def test_dequantize(name: str):
+    rows = hostile_rows(name)
+    ours = kernel(dequantize)(jax.device_put(rows, jax.devices()[0]))
+    assert_same_but_nan(ours, by_xla(dequantize, rows))
+
+
+@pytest.mark.parametrize("name", ["fp4", "v4", "pow2"])
+def test_every_stored_byte_is_read(name: str):
+    layout = FORMATS[name][0]
+    rng = np.random.default_rng(4)
+    size = layout.bytes_per_token()
+    if name == "v4":
+        packed = rng.integers(0, 256, (64, 8 * size), np.uint8)
+        rows = from_bytes(jnp.asarray(packed), layout, page_size=8)
+    else:
+        rows = from_bytes(jnp.asarray(rng.integers(0, 256, (512, size), np.uint8)), layout)
+    assert_same_but_nan(kernel(dequantize)(rows), by_xla(dequantize, rows))
+
+
+PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b and "v4" not in (a, b)]
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_convert(before: str, after: str):
+    layout, options = FORMATS[after]
+    if before == "fp8_scale" and after == "pow2":
+        return
+    rows = hostile_rows(before)
+    here = jax.device_put(rows, jax.devices()[0])
+    ours = convert(here, layout, implementation="mosaic_gpu", **options)
+    theirs = by_xla(convert, rows, layout=layout, **options)
+    assert_same_but_nan(ours, theirs)
+
+
+@every_format
+@pytest.mark.parametrize("n", [1, 3, 130])
+def test_slots_that_are_none_give_zeros(name: str, n: int):
+    rng = np.random.default_rng(n)
+    rows = hostile_rows(name)
+    here = jax.device_put(rows, jax.devices()[0])
+    slots = rng.integers(-3, rows.num_slots + 3, (n, 3)).astype(np.int32)
+    slots[0] = [-1, INT_MIN, INT_MAX]
+    slots = jnp.asarray(slots)
+    assert_same_but_nan(
+        kernel(dequantize)(here, slots=slots),
+        by_xla(lambda r, s, **o: dequantize(r, slots=s, **o), rows, slots),
+    )
+    assert_same_but_nan(
+        kernel(convert)(here, here.layout, slots=slots),
+        by_xla(lambda r, s, **o: convert(r, r.layout, slots=s, **o), rows, slots),
+    )
+
+
+def cache_of(name: str, *, pages: int, page_size: int, packed: bool, index_format: str | None):
+    layout, options = FORMATS[name]
+    cache = init_cache(
+        layout,
+        num_pages=pages,
+        page_size=page_size,
+        index_dim=128 if index_format else None,
+        index_scale_format=index_format or "fp32",
+        **options,
+    )
+    if packed:
+        paged = {"page_size": page_size} if name == "v4" else options
+        rows = from_bytes(to_bytes(cache.rows), layout, in_place=True, **paged)
+        cache = type(cache)(rows, cache.index_keys)
+    return cache
+
+
+APPENDS = [
+    *((name, False, form, 333) for name in FORMATS for form in (None, "fp32")),
+    *((name, True, "pow2", 333) for name in ("pow2", "fp32", "v4")),
+    *(("pow2", packed, "fp32", n) for packed in (False, True) for n in (1, 7, 2049)),
+    *((name, False, None, 2503) for name in FORMATS),
+]
+
+
+@pytest.mark.parametrize(("name", "packed", "index_format", "n"), APPENDS)
+def test_append(name: str, packed: bool, index_format: str | None, n: int):
+    rng = np.random.default_rng(n)
+    cache = cache_of(name, pages=200, page_size=16, packed=packed, index_format=index_format)
+    all_latents = without_nan(hostile(name)) if packed else hostile(name)
+    all_keys = without_subnormal(all_latents[:, 128:256])
+    kernel_append = jax.jit(kernel(append), donate_argnums=0)
+    expected = on_cpu(cache)
+    for _ in range(2):
+        slots = rng.permutation(3200)[:n].astype(np.int32)
+        slots[rng.random(n) < 0.1] = rng.choice([-1, INT_MIN, INT_MAX, 3200])
+        latents = jnp.asarray(rng.choice(all_latents, n))
+        keys = jnp.asarray(rng.choice(all_keys, n))
+        keys = keys if index_format else None
+        given = (jnp.asarray(slots), latents, keys)
+        cache = kernel_append(cache, *given)
+        expected = by_xla(append, expected, *given)
+    assert_same_but_nan(cache, expected)
+
+
+def test_append_under_vmap_and_in_a_loop():
+    caches = jax.vmap(
+        lambda _: cache_of("pow2", pages=2, page_size=8, packed=False, index_format="fp32")
+    )(jnp.arange(3))
+    latents = jnp.asarray(every_kind(576)[:15].reshape(3, 5, 576))
+    keys, slots = latents[..., :128], jnp.arange(15, dtype=jnp.int32).reshape(3, 5)
+    ours = jax.jit(jax.vmap(kernel(append)))(caches, slots, latents, keys)
+    theirs = by_xla(
+        lambda *a, **o: jax.vmap(functools.partial(append, **o))(*a), caches, slots, latents, keys
+    )
+    assert_same_but_nan(ours, theirs)
+    one = jax.tree.map(lambda leaf: leaf[0], caches)
+
+    def step(cache: Any, new: Any) -> tuple[Any, None]:
+        return append(cache, *new, implementation="mosaic_gpu"), None
+
+    looped, _ = jax.jit(lambda *a: jax.lax.scan(step, *a))(one, (slots, latents, keys))
+    expected = on_cpu(one)
+    for i in range(3):
+        expected = by_xla(append, expected, slots[i], latents[i], keys[i])
+    assert_same_but_nan(looped, expected)
+
+
+def test_repacking_matches_the_golden_bytes():
+    data = golden("requantize_raw_to_656")
+    rows = from_bytes(jnp.asarray(data["raw"]), RAW)
+    packed = to_bytes(kernel(convert)(rows, BLOCK))
+    np.testing.assert_array_equal(packed, data["packed"])
+
+
+@hypothesis.given(
+    name=st.sampled_from(list(FORMATS)),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.integers(0, 60),
+)
+def test_any_latents(name: str, n: int, seed: int, spread: int):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((40, width_of(name))) * 2.0 ** rng.integers(
+        -spread, spread + 1, (40, width_of(name))
+    )
+    latents = jnp.asarray(values, jnp.bfloat16)
+    slots = rng.permutation(64)[:40].astype(np.int32)
+    slots[n:] = -1
+    cache = cache_of(name, pages=8, page_size=8, packed=False, index_format=None)
+    ours = _append_kernel(cache, jnp.asarray(slots), latents)
+    assert_same_but_nan(
+        ours, _append_xla(on_cpu(cache), on_cpu(jnp.asarray(slots)), on_cpu(latents))
+    )
+
+
+_append_kernel = jax.jit(kernel(append))
+_append_xla = jax.jit(functools.partial(append, implementation="xla"))
