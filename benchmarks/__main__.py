@@ -3,6 +3,7 @@
 python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
 python -m benchmarks select_topk
+python -m benchmarks cache --ops append,requantize
 """
 
 import argparse
@@ -17,10 +18,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peers, records, select_topk, sparse_decode
+from benchmarks import cache, peers, records, select_topk, sparse_decode
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
+from jmla._mosaic_cache import CacheImplementation
 from jmla.attention import Implementation
 from jmla.layouts import ScaleFormat
 
@@ -34,6 +36,7 @@ Start = Callable[..., Iterator[Any]]
 
 CASES = {case.name: case for case in sparse_decode.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
+CACHE_OPS = {case.op: case.op for case in cache.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
 
@@ -64,6 +67,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
     _add_common(op, "SGLang's fast_topk; needs PyTorch and sglang-kernel's library")
+    op = ops.add_parser("cache", help=cache.__doc__)
+    op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
+    op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
+    _add_common(op, "the same by XLA; not unless asked for")
+    op.set_defaults(peer=False)
     return parser.parse_args(arguments)
 
 
@@ -131,13 +139,27 @@ def _select_topk(options: argparse.Namespace) -> Start:
     return start
 
 
+def _cache(options: argparse.Namespace) -> Start:
+    ops = chosen(options.ops, CACHE_OPS, "--ops")
+
+    def start(timer, ceilings, environment, failed):
+        bench = cache.Bench(
+            timer, ceilings, environment, options.implementation, with_xla=options.peer
+        )
+        return bench.run([case for case in cache.CASES if case.op in ops], failed=failed)
+
+    return start
+
+
 _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
     "select_topk": _select_topk,
+    "cache": _cache,
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
     "select_topk": select_topk.table,
+    "cache": cache.table,
 }
 
 

@@ -23,6 +23,7 @@ from jmla.layouts import (
     quantize_index_keys,
     to_bytes,
 )
+from jmla.pages import move_pages
 from jmla.plan import Plan
 from jmla.topk import (
     identity_topk,
@@ -57,6 +58,7 @@ __all__ = [
     "init_cache",
     "make_batch",
     "merge",
+    "move_pages",
     "paged_indexer_logits",
     "paged_indices",
     "quantize",

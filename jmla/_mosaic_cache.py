@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmla import _implementation
-from jmla.layouts.base import Rows, TokenRows
+from jmla.layouts.base import TokenRows
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
@@ -82,24 +82,28 @@ def store(
     slots: Int[Array, " n"],
     sources: tuple[TokenRows | _Latents, ...],
     *,
+    source_slots: Int[Array, " n"] | None = None,
     kernel: bool,
-) -> tuple[TokenRows, ...]:
+) -> tuple[Any, ...]:
     """Rows, or rows and index keys, with tokens stored at their slots, in their formats.
 
     Args:
         targets: rows of any token axes.
         slots: int32, the same for all targets; one outside a target is dropped.
-        sources: for each target latents, or rows whose codes are kept, of token shape (n,).
+        sources: for each target latents, or rows whose codes are kept.
+        source_slots: int32, of sources that are rows: which to take, of any token axes. None is
+            all of them, of token shape (n,).
         kernel: whether the kernel does it, in one launch, of arguments that `unsupported_reasons`
             has nothing against; else XLA does. Under vmap XLA does in any case. The kernel has no
             derivatives.
     """
-    if not kernel or slots.size == 0:
-        return _store_by_xla(targets, slots, sources)
-    return tuple(_compiled_store(targets, slots, sources))
+    run = _compiled_store if kernel and slots.size else _store_by_xla
+    return tuple(run(targets, slots, sources, source_slots))
 
 
-def _store_by_xla(targets: Any, slots: Any, sources: Any) -> Any:
+def _store_by_xla(targets: Any, slots: Any, sources: Any, source_slots: Any) -> Any:
+    if source_slots is not None:
+        sources = tuple(source.gather(source_slots) for source in sources)
     return tuple(
         target.set(slots, _like(target, source))
         for target, source in zip(targets, sources, strict=True)
@@ -110,21 +114,28 @@ def _like(target: TokenRows, source: TokenRows | _Latents) -> TokenRows:
     """The source in the format of the target's rows."""
     if not isinstance(source, TokenRows):
         return target.encode(source)
-    if isinstance(target, PackedBlockScaleRows):
+    if isinstance(target, PackedBlockScaleRows) and isinstance(source, BlockScaleRows):
         return dataclasses.replace(target, packed=source.pack())
-    if isinstance(target, PagedV4Rows):
+    if isinstance(target, PagedV4Rows) and isinstance(source, V4Rows):
         pages = source.reshape(*source.shape, 1).pack(page_bytes=target.bytes_per_token)
         return dataclasses.replace(target, packed=pages, page_size=None)
     return source
 
 
 @jax.custom_batching.custom_vmap
-def _store(targets: Any, slots: Any, sources: Any) -> Any:
+def _store(targets: Any, slots: Any, sources: Any, source_slots: Any) -> Any:
     from pallas_kernels import cache_codec
 
     stored = cache_codec.transcode(
-        [(_side(a), _side(b)) for a, b in zip(sources, targets, strict=True)],
+        [
+            # Codes that stay as they are need no scale of the tensor.
+            (_side(_unscaled(a)), _side(_unscaled(b)))
+            if isinstance(a, TokenRows)
+            else (_side(a), _side(b))
+            for a, b in zip(sources, targets, strict=True)
+        ],
         rows=slots.size,
+        source_slots=source_slots,
         target_slots=slots,
         written=[tuple(target.token_leaves) for target in targets],
     )
@@ -140,6 +151,28 @@ def _store_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
     return _over_axis(_store_by_xla, axis_size, in_batched, arguments)
 
 
+def take(tokens: TokenRows, slots: Int[Array, " n"], *, kernel: bool) -> TokenRows:
+    """The tokens at some slots as they are stored; by the kernel not packed."""
+    if not kernel:
+        return tokens.gather(slots)
+    source = _unscaled(tokens)
+    taken = rewrite(source, _unpacked_form(source), slots)
+    if isinstance(tokens, FP8Rows) and isinstance(taken, FP8Rows):
+        return dataclasses.replace(taken, scale=tokens.scale)
+    return taken
+
+
+def _unscaled(tokens: TokenRows) -> TokenRows:
+    return dataclasses.replace(tokens, scale=None) if isinstance(tokens, FP8Rows) else tokens
+
+
+def _unpacked_form(tokens: TokenRows) -> TokenRows:
+    """Rows of the same format, not packed, of which there are none."""
+    if isinstance(tokens, PackedBlockScaleRows | PagedV4Rows):
+        return tokens.unpacked_form()
+    return tokens.flat().map_tokens(lambda leaf: leaf[:0])
+
+
 # Compiled at the level of the module: a call outside jit would compile the kernel every time.
 _compiled_store = jax.jit(_store)
 
@@ -150,12 +183,14 @@ def _over_axis(function: Any, axis_size: int, in_batched: Any, arguments: Any) -
     return results, jax.tree.map(lambda _: True, results)
 
 
-def rewrite(source: Rows | _Latents, form: Rows, slots: Int[Array, "..."] | None = None) -> Rows:
+def rewrite(
+    source: TokenRows | _Latents, form: TokenRows, slots: Int[Array, "..."] | None = None
+) -> Any:
     """`jmla.layouts.rewrite` of arguments that `unsupported_reasons` has nothing against.
 
     Under vmap, and for derivatives, it is done by XLA.
     """
-    shape = source.shape if isinstance(source, Rows) else source.shape[:-1]
+    shape = source.shape if isinstance(source, TokenRows) else source.shape[:-1]
     shape = shape if slots is None else slots.shape
     if 0 in shape:
         return rewrite_by_xla(source, form, slots)
@@ -166,7 +201,7 @@ def rewrite(source: Rows | _Latents, form: Rows, slots: Int[Array, "..."] | None
 def _launch(source: Any, form: Any, slots: Any) -> Any:
     from pallas_kernels import cache_codec
 
-    shape = source.shape if isinstance(source, Rows) else source.shape[:-1]
+    shape = source.shape if isinstance(source, TokenRows) else source.shape[:-1]
     shape = shape if slots is None else slots.shape
     before, after = _side(source), _side(form)
     rows = math.prod(shape)
@@ -207,8 +242,8 @@ def _side(tokens: TokenRows | Array) -> "cache_codec.Side":
     from pallas_kernels import cache_codec
 
     if not isinstance(tokens, TokenRows):
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        return cache_codec.Side(_format(tokens), {"latents": flat}, flat.shape[0])
+        latents = tokens.reshape(-1, tokens.shape[-1])
+        return cache_codec.Side(_format(tokens), {"latents": latents}, latents.shape[0])
     flat = tokens.flat()
     arrays = {name: getattr(flat, name) for name in flat.token_leaves}
     if isinstance(flat, FP8Rows) and flat.scale is not None:

@@ -12,7 +12,7 @@ from jmla._mosaic_cache import (
     takes_kernel,
     unsupported_reasons,
 )
-from jmla.layouts.base import KVLayout, Rows, ScaleFormat, check_latents
+from jmla.layouts.base import KVLayout, Rows, ScaleFormat, TokenRows, check_latents
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
 
@@ -149,7 +149,8 @@ def append(
                 "cache keeps an index key for each token"
             )
         check_latents(index_keys, cache.index_keys.dim)
-    targets, sources = (cache.rows,), (latents,)
+    targets: tuple[TokenRows, ...] = (cache.rows,)
+    sources: tuple[Float[Array, "n width"], ...] = (latents,)
     if cache.index_keys is not None and index_keys is not None:
         targets, sources = (cache.rows, cache.index_keys), (latents, index_keys)
     kernel = takes_kernel(implementation, lambda: unsupported_reasons(*targets, *sources))

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, Self, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt8
 
 ScaleFormat = Literal["pow2", "fp32"]
 """Which numbers a block's scale may be: powers of two only, or any float32."""
@@ -226,6 +226,24 @@ def movable(leaf: Array) -> Array:
     if leaf.dtype.itemsize == 1:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint8)
     return leaf
+
+
+def page_slots(
+    pages: Int[Array, "..."], num_pages: int, page_size: int
+) -> Int32[Array, "... page_size"]:
+    """The slots of pages; -1 for all of a page that does not exist.
+
+    Args:
+        pages: int32 of any shape.
+        num_pages: pages of the cache.
+        page_size: tokens of a page.
+    """
+    check_slots(pages)
+    exists = ((pages >= 0) & (pages < num_pages))[..., None]
+    first = jnp.where(exists, pages[..., None], 0) * page_size
+    shape = (*pages.shape, page_size)
+    place = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    return jnp.where(exists, first + place, -1)
 
 
 def check_slots(slots: Int[Array, "..."]) -> None:

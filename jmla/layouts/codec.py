@@ -14,7 +14,7 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt8
 from jmla._mosaic_cache import CacheImplementation, takes_kernel, unsupported_reasons
 from jmla._mosaic_cache import rewrite as rewrite_by_kernel
 from jmla.layouts._bits import check_unpaged
-from jmla.layouts.base import KVLayout, Rows, ScaleFormat, check_latents, check_slots
+from jmla.layouts.base import KVLayout, Rows, ScaleFormat, check_latents, check_slots, page_slots
 from jmla.layouts.bf16 import BF16Rows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
@@ -109,6 +109,7 @@ def dequantize(
     rows: Rows,
     *,
     slots: Int[Array, "..."] | None = None,
+    pages: Int[Array, "..."] | None = None,
     implementation: CacheImplementation | None = None,
 ) -> BFloat16[Array, "*tokens width"]:
     """The latents of `rows`: an f32 product, rounded once to bf16.
@@ -117,18 +118,18 @@ def dequantize(
         rows: of any token axes.
         slots: int32 of any shape, the rows to take; a slot outside `[0, num_slots)` gives zeros.
             None takes all.
+        pages: in place of slots, int32 of any shape, the pages to take; see `convert`.
         implementation: see the module.
 
     Returns:
-        bf16, with the token axes of `rows`, or those of `slots`.
+        bf16, with the token axes of `rows`, of `slots`, or of `pages` and a page.
 
     Raises:
-        ValueError: rows that are not sound, or slots that are not int32.
+        ValueError: rows that are not sound, or slots or pages that are not int32.
         NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     rows.check()
-    if slots is not None:
-        check_slots(slots)
+    slots = _chosen_slots(rows, slots, pages)
     if isinstance(rows, BF16Rows) and slots is None:
         return rows.latents
     form = BF16Rows.zeros((0,), rank=rows.rank, rope_dim=rows.rope_dim)
@@ -201,6 +202,7 @@ def convert(
     layout: KVLayout,
     *,
     slots: Int[Array, "..."] | None = None,
+    pages: Int[Array, "..."] | None = None,
     scale_format: ScaleFormat | None = None,
     scale: Array | float | None = None,
     implementation: CacheImplementation | None = None,
@@ -217,6 +219,9 @@ def convert(
         layout: the target; rank and rope width stay.
         slots: int32 of any shape; the result has token shape `slots.shape`, and a slot outside
             `[0, num_slots)` gives zeros. None converts all rows and keeps the token shape.
+        pages: in place of slots, int32 of any shape, such as a page table, for rows of token shape
+            (pages, page_size): the result has token shape `(*pages.shape, page_size)`, and a page
+            that does not exist, such as -1, is not read and gives zeros.
         scale_format: of a block-scale target; None keeps that of a block-scale source, else "pow2".
             Power-of-two scales are f32 scales as they stand; the other way requantises.
         scale: of an FP8_NOPE_FP8_ROPE target; None keeps the source's if that is of this layout.
@@ -227,8 +232,7 @@ def convert(
         NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     rows.check()
-    if slots is not None:
-        check_slots(slots)
+    slots = _chosen_slots(rows, slots, pages)
     if isinstance(rows, BlockScaleRows | PackedBlockScaleRows):
         scale_format = scale_format or rows.scale_format
     form = zero_rows(
@@ -244,6 +248,7 @@ def convert(
             return rows
         codes = dataclasses.replace(rows, scale=None)
         taken = _rewritten(codes, form, slots, implementation)
+        assert isinstance(taken, FP8Rows)
         return dataclasses.replace(taken, scale=rows.scale)
     if isinstance(rows, FP8Rows) and isinstance(form, BlockScaleRows):
         _check_block_scales(rows, form)
@@ -251,6 +256,21 @@ def convert(
     if slots is None and keeps_codes(rows, form) and jax.tree.structure(rows) == ours:
         return rows
     return _rewritten(rows, form, slots, implementation)
+
+
+def _chosen_slots(
+    rows: Rows, slots: Int[Array, "..."] | None, pages: Int[Array, "..."] | None
+) -> Int[Array, "..."] | None:
+    if pages is not None:
+        if slots is not None or len(rows.shape) != 2:
+            raise ValueError(
+                f"{rows.shape=}: expected rows of token shape (pages, page_size) for pages, and no "
+                "slots beside them; use rows.reshape(-1, page_size)"
+            )
+        return page_slots(pages, *rows.shape)
+    if slots is not None:
+        check_slots(slots)
+    return slots
 
 
 def _rewritten(

@@ -49,11 +49,11 @@ class PackedBlockScaleRows(Rows):
 
     def unpacked(self) -> BlockScaleRows:
         """The same rows with an array for each part: a copy."""
-        return self._form().unpack(self.packed)
+        return self.unpacked_form().unpack(self.packed)
 
     def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
         """See `Rows.encode`; the scale format is that of these rows."""
-        return dataclasses.replace(self, packed=self._form().encode(latents).pack())
+        return dataclasses.replace(self, packed=self.unpacked_form().encode(latents).pack())
 
     def dequantize(self) -> BFloat16[Array, "*tokens width"]:
         """See `Rows.dequantize`."""
@@ -72,7 +72,8 @@ class PackedBlockScaleRows(Rows):
         check_packed(packed, self.bytes_per_token, self.layout.name)
         return dataclasses.replace(self, packed=packed)
 
-    def _form(self) -> BlockScaleRows:
+    def unpacked_form(self) -> BlockScaleRows:
+        """No rows, of the format of `unpacked`."""
         return BlockScaleRows.zeros(
             (0,), rank=self.rank, rope_dim=self.rope_dim, scale_format=self.scale_format
         )

@@ -126,12 +126,12 @@ class PagedV4Rows(Rows):
 
     def unpacked(self) -> V4Rows:
         """The same rows with an array for each part: a copy."""
-        rows = self._form().unpack(self.packed, page_size=self.page_size or 1)
+        rows = self.unpacked_form().unpack(self.packed, page_size=self.page_size or 1)
         return rows.reshape(*self.shape)
 
     def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
         """See `Rows.encode`; the rows stand alone."""
-        rows = self._form().encode(latents)
+        rows = self.unpacked_form().encode(latents)
         pages = rows.reshape(*rows.shape, 1).pack(page_bytes=self.bytes_per_token)
         return dataclasses.replace(self, packed=pages, page_size=None)
 
@@ -155,7 +155,8 @@ class PagedV4Rows(Rows):
         check_packed(packed, max(used, packed.shape[-1]) if packed.ndim else used, "FP8_V4 pages")
         return dataclasses.replace(self, packed=packed, page_size=page_size)
 
-    def _form(self) -> V4Rows:
+    def unpacked_form(self) -> V4Rows:
+        """No rows, of the format of `unpacked`."""
         return V4Rows.zeros((0,), rank=self.rank, rope_dim=self.rope_dim)
 
     def _starts(self, slots: Int[Array, " n"]) -> list[tuple[Int[Array, "n 2"], int]]:

@@ -1,11 +1,12 @@
 """Rows of one form as rows of another, by XLA: what the kernels do in its place."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from jmla.layouts.base import BLOCK_SCALE_TILE, Rows
+from jmla.layouts.base import BLOCK_SCALE_TILE, Rows, TokenRows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
@@ -14,27 +15,29 @@ from jmla.layouts.paged_v4 import PagedV4Rows
 Latents = Float[Array, "*tokens width"]
 
 
-def rewrite(source: Rows | Latents, form: Rows, slots: Int[Array, "..."] | None) -> Rows:
+def rewrite(source: TokenRows | Latents, form: TokenRows, slots: Int[Array, "..."] | None) -> Any:
     """Latents, or rows, in the form of `form`, whose data is not used.
 
     Args:
-        source: bf16 or f32 latents, or rows.
+        source: bf16 or f32 latents, or rows. Index keys stay as they are.
         form: of the same rank and rope width, and not packed.
         slots: int32, of rows alone: those to take. A slot outside gives zeros. None takes all.
 
     Returns:
         Rows with the token axes of the source, or of the slots.
     """
-    if not isinstance(source, Rows):
+    if not isinstance(source, TokenRows):
         return form.encode(source)
     if slots is not None:
         source = source.gather(slots)
+    if not isinstance(source, Rows) or not isinstance(form, Rows):
+        return dataclasses.replace(form, **_leaves(source))
     if isinstance(source, PackedBlockScaleRows | PagedV4Rows):
         source = source.unpacked()
     if isinstance(source, FP8Rows) and isinstance(form, BlockScaleRows):
         return _fp8_to_block_scale(source, form)
     if keeps_codes(source, form):
-        return form.map_tokens(lambda _, leaf: leaf, _relabelled(source, form))
+        return dataclasses.replace(form, **_leaves(source))
     return form.encode(source.dequantize())
 
 
@@ -50,10 +53,8 @@ def keeps_codes(source: Rows, form: Rows) -> bool:
     return source.layout is form.layout
 
 
-def _relabelled(source: Rows, form: Rows) -> Rows:
-    if isinstance(source, BlockScaleRows) and isinstance(form, BlockScaleRows):
-        return dataclasses.replace(source, scale_format=form.scale_format)
-    return source
+def _leaves(tokens: TokenRows) -> dict[str, Any]:
+    return {name: getattr(tokens, name) for name in tokens.token_leaves}
 
 
 def _fp8_to_block_scale(rows: FP8Rows, form: BlockScaleRows) -> BlockScaleRows:

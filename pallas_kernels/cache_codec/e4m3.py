@@ -175,8 +175,9 @@ class F32ScalePart(BlockPart):
         """See `Part.adopt`: the scale of a tensor, and powers of two, are scales of a block."""
         if isinstance(other, TensorPart):
             return [*stored, constants[0].as_i32() if constants else i32(_ONE)]
-        same = isinstance(other, F32ScalePart) and other.block == self.block
-        return list(stored) if same and (other.pow2 or not self.pow2) else None
+        if not isinstance(other, F32ScalePart) or other.block != self.block:
+            return None
+        return list(stored) if other.pow2 or not self.pow2 else None
 
     def _store_scale(self, row: Row, block: Value, scale: Value) -> None:
         store_global(row.address(self.scale) + block.wide() * 4, [scale])

@@ -11,7 +11,7 @@ from tests.emulator.kernels import kernels
 
 
 def _side(tokens: TokenRows | np.ndarray, arrays: dict[str, Any] | None = None) -> Any:
-    side = mosaic._side(tokens)
+    side = mosaic._side(tokens)  # type: ignore[arg-type]
     call = kernels().modules["cache_codec.call"]
     form = _copied(side.format)
     given = {name: np.asarray(array) for name, array in side.arrays.items()} | (arrays or {})
