@@ -47,14 +47,18 @@ def rewrite(source: Rows | np.ndarray, form: Rows, slots: np.ndarray | None = No
     return dataclasses.replace(form, **stored)
 
 
-def append(
-    targets: list[TokenRows], slots: np.ndarray, sources: list[np.ndarray]
+def store(
+    targets: list[TokenRows],
+    slots: np.ndarray,
+    sources: list[Any],
+    source_slots: np.ndarray | None = None,
 ) -> list[TokenRows]:
-    """`jmla.append` to rows, or to rows and index keys."""
+    """`jmla._mosaic_cache.store` of latents, or of rows without a scale for the tensor."""
     call = kernels().modules["cache_codec.call"]
     stored = call.transcode(
         [(_side(a), _side(b)) for a, b in zip(sources, targets, strict=True)],
         rows=slots.size,
+        source_slots=source_slots,
         target_slots=slots,
         written=[tuple(target.token_leaves) for target in targets],
     )

@@ -20,9 +20,9 @@ from jmla.layouts import (
     to_bytes,
     zero_rows,
 )
-from tests.emulator.cache import append, rewrite
+from tests.emulator.cache import rewrite, store
 from tests.layouts.bits import assert_same_but_nan, every_kind, without_nan, without_subnormal
-from tests.layouts.cases import BLOCK, FORMATS, RAW
+from tests.layouts.cases import BLOCK, FORMATS, RAW, leaf_bytes
 
 # Rows of 448 + 64 hold every layout but block scales, of 512 + 64 all.
 RANKS = {name: 448 if name == "v4" else 512 for name in FORMATS}
@@ -111,8 +111,28 @@ def test_append(name: str, packed: bool):
     slots = rng.permutation(40)[:n].astype(np.int32)
     slots[[2, 5, 9]] = [-1, 40, INT_MIN]
     assert cache.index_keys is not None
-    after: Any = append([cache.rows, cache.index_keys], slots, [latents, keys])
+    after: Any = store([cache.rows, cache.index_keys], slots, [latents, keys])
     expected = jax.jit(functools.partial(jmla_append, implementation="xla"))(
         cache, jnp.asarray(slots), jnp.asarray(latents), jnp.asarray(keys)
     )
     assert_same_but_nan(Cache(*after), expected)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "fp32", "fp4", "v4"])
+def test_rows_from_another_cache_keep_their_bytes(name: str):
+    layout, options = FORMATS[name]
+    source, target = (by_xla(jnp.asarray(hostile(name)[i:40]), layout, **options) for i in (0, 9))
+    rng = np.random.default_rng(2)
+    slots = rng.permutation(31)[:19].astype(np.int32)
+    taken = rng.integers(0, 40, 19).astype(np.int32)
+    slots[[1, 4]] = [-1, 31]
+    (ours,) = store([target], slots, [source], taken)
+    for name, before, held in zip(
+        target.token_leaves, leaf_bytes(target), leaf_bytes(source), strict=True
+    ):
+        before = before.copy()
+        for slot, origin in zip(slots, taken, strict=True):
+            if 0 <= slot < 31:
+                before[slot] = held[origin]
+        after = np.asarray(getattr(ours, name))
+        np.testing.assert_array_equal(after.view(np.uint8), before.reshape(after.shape[0], -1))
