@@ -45,6 +45,8 @@ FORMATS: dict[str, tuple[KVLayout, dict[str, Any]]] = {
     "fp4": (KVLayout.FP4, {}),
     "v4": (KVLayout.FP8_V4, {}),
 }
+# XLA on the CPU may divide subnormal numbers as zeros.
+DIVIDED = ("fp32", "fp8_scale")
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -63,16 +65,17 @@ def by_xla(function: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def hostile(name: str) -> np.ndarray:
-    """Adversarial latents."""
+    """Adversarial latents, of which XLA on the CPU makes what it should."""
     latents = every_kind(width_of(name))
-    return without_subnormal(latents) if name in ("fp32", "fp8_scale") else latents
+    return without_subnormal(latents) if name in DIVIDED else latents
 
 
 @functools.cache
-def hostile_rows(name: str) -> Rows:
+def hostile_rows(name: str, *, subnormal: bool = True) -> Rows:
     """Adversarial rows, of every code, made on the CPU."""
     layout, options = FORMATS[name]
-    return by_xla(quantize, jnp.asarray(hostile(name)), layout=layout, **options)
+    latents = hostile(name) if subnormal else without_subnormal(hostile(name))
+    return by_xla(quantize, jnp.asarray(latents), layout=layout, **options)
 
 
 @every_format
@@ -127,18 +130,27 @@ def test_every_stored_byte_is_read(name: str):
     assert_same_but_nan(kernel(dequantize)(rows), exactly_dequantised(rows))
 
 
-PAIRS = [(a, b) for a in FORMATS for b in FORMATS if a != b and "v4" not in (a, b)]
+PAIRS = [
+    (a, b)
+    for a in FORMATS
+    for b in FORMATS
+    if a != b and "v4" not in (a, b) and (a, b) != ("fp8_scale", "pow2")
+]
+# Codes that are not computed: powers of two are f32 scales, and so is a tensor's.
+KEPT = {("pow2", "fp32"), ("fp8", "pow2"), ("fp8", "fp32"), ("fp8_scale", "fp32")}
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_convert(before: str, after: str):
     layout, options = FORMATS[after]
-    if before == "fp8_scale" and after == "pow2":
-        return
-    rows = hostile_rows(before)
+    rows = hostile_rows(before, subnormal=after not in DIVIDED)
     here = jax.device_put(rows, jax.devices()[0])
     ours = convert(here, layout, implementation="mosaic_gpu", **options)
-    theirs = by_xla(convert, rows, layout=layout, **options)
+    if (before, after) in KEPT:
+        theirs = by_xla(convert, rows, layout=layout, **options)
+    else:
+        values = jnp.asarray(exactly_dequantised(rows))
+        theirs = by_xla(quantize, values, layout=layout, **options)
     assert_same_but_nan(ours, theirs)
 
 
@@ -151,14 +163,9 @@ def test_slots_that_are_none_give_zeros(name: str, n: int):
     slots = rng.integers(-3, rows.num_slots + 3, (n, 3)).astype(np.int32)
     slots[0] = [-1, INT_MIN, INT_MAX]
     slots = jnp.asarray(slots)
-    assert_same_but_nan(
-        kernel(dequantize)(here, slots=slots),
-        by_xla(lambda r, s, **o: dequantize(r, slots=s, **o), rows, slots),
-    )
-    assert_same_but_nan(
-        kernel(convert)(here, here.layout, slots=slots),
-        by_xla(lambda r, s, **o: convert(r, r.layout, slots=s, **o), rows, slots),
-    )
+    taken = by_xla(lambda rows, slots, **_: rows.gather(slots), rows, slots)
+    assert_same_but_nan(kernel(dequantize)(here, slots=slots), exactly_dequantised(taken))
+    assert_same_but_nan(kernel(convert)(here, here.layout, slots=slots), taken)
 
 
 def cache_of(name: str, *, pages: int, page_size: int, packed: bool, index_format: Any) -> Cache:
