@@ -21,6 +21,7 @@ from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.layouts.paged_v4 import PagedV4Rows
 from jmla.layouts.rewrite import rewrite as rewrite_by_xla
 from jmla.layouts.v4 import V4Rows
@@ -62,7 +63,7 @@ def unsupported_reasons(*tokens: TokenRows | _Latents, empty: bool = False) -> l
     found = []
     for each in tokens:
         name = type(each).__name__ if isinstance(each, TokenRows) else "latents"
-        if isinstance(each, IndexKeyRows) and each.dim not in _INDEX_DIMS:
+        if isinstance(each, IndexKeyRows | PagedIndexKeyRows) and each.dim not in _INDEX_DIMS:
             found.append(f"{name}: {each.dim=}: the mosaic_gpu kernel expects one of {_INDEX_DIMS}")
             continue
         problems = _format(each).problems()
@@ -116,6 +117,9 @@ def _like(target: TokenRows, source: TokenRows | _Latents) -> TokenRows:
         return target.encode(source)
     if isinstance(target, PackedBlockScaleRows) and isinstance(source, BlockScaleRows):
         return dataclasses.replace(target, packed=source.pack())
+    if isinstance(target, PagedIndexKeyRows) and isinstance(source, IndexKeyRows):
+        pages = source.reshape(*source.shape, 1).pack()
+        return dataclasses.replace(target, packed=pages, page_size=None)
     if isinstance(target, PagedV4Rows) and isinstance(source, V4Rows):
         pages = source.reshape(*source.shape, 1).pack(page_bytes=target.bytes_per_token)
         return dataclasses.replace(target, packed=pages, page_size=None)
@@ -168,7 +172,7 @@ def _unscaled(tokens: TokenRows) -> TokenRows:
 
 def _unpacked_form(tokens: TokenRows) -> TokenRows:
     """Rows of the same format, not packed, of which there are none."""
-    if isinstance(tokens, PackedBlockScaleRows | PagedV4Rows):
+    if isinstance(tokens, PackedBlockScaleRows | PagedV4Rows | PagedIndexKeyRows):
         return tokens.unpacked_form()
     return tokens.flat().map_tokens(lambda leaf: leaf[:0])
 
@@ -277,6 +281,10 @@ def _format(tokens: TokenRows | Array) -> "cache_codec.Format":
             return cache_codec.v4(tokens.rank, tokens.rope_dim, pages=pages)
         case IndexKeyRows():
             return cache_codec.index_keys(tokens.dim, pow2=tokens.scale_format == "pow2")
+        case PagedIndexKeyRows():
+            pages = cache_codec.Pages(tokens.page_size or 1, tokens.packed.shape[-1])
+            pow2 = tokens.scale_format == "pow2"
+            return cache_codec.index_keys(tokens.dim, pow2=pow2, pages=pages)
         case TokenRows():
             raise AssertionError(f"{type(tokens)=}: expected rows of a layout, or index keys")
         case _:

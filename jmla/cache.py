@@ -15,6 +15,7 @@ from jmla._mosaic_cache import (
 from jmla.layouts.base import KVLayout, Rows, ScaleFormat, TokenRows, check_latents
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 
 
 @jax.tree_util.register_dataclass
@@ -24,11 +25,11 @@ class Cache:
 
     Attributes:
         rows: latent rows of token shape `(num_pages, page_size)`.
-        index_keys: index keys of the same token shape, or None for a layer that has none.
+        index_keys: index keys of the same token shape, packed or not; None for a layer without.
     """
 
     rows: Rows
-    index_keys: IndexKeyRows | None = None
+    index_keys: IndexKeyRows | PagedIndexKeyRows | None = None
 
     @property
     def layout(self) -> KVLayout:

@@ -16,12 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from jmla._checks import check_int32
 from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.topk import paged_indices
 
 _BLOCK_KEYS = 4096
 # Most elements of one block of per-head products, q . key of [tokens, heads, keys].
 _CPU_BLOCK_PRODUCTS = 1 << 20
 _BLOCK_PRODUCTS = 1 << 26
+
+_Keys = IndexKeyRows | PagedIndexKeyRows
 
 
 def quantize_index_query(
@@ -57,7 +60,7 @@ def quantize_index_query(
 def indexer_logits(
     q: Float[Array, "t heads dim"],
     weights: Float[Array, "t heads"],
-    keys: IndexKeyRows,
+    keys: _Keys,
     starts: Int[Array, " t"],
     ends: Int[Array, " t"],
 ) -> Float[Array, "t s"]:
@@ -94,7 +97,7 @@ def indexer_logits(
     def tiled(budget: int) -> Callable[..., Array]:
         tokens = _tokens_per_block(budget, q.shape[0], q.shape[1] * size)
 
-        def logits_of(q: Array, weights: Array, blocks: IndexKeyRows) -> Array:
+        def logits_of(q: Array, weights: Array, blocks: _Keys) -> Array:
             return _tiled_logits(q, weights, blocks, lambda block: block, tokens)
 
         return logits_of
@@ -108,7 +111,7 @@ def indexer_logits(
 def paged_indexer_logits(
     q: Float[Array, "b s_q heads dim"],
     weights: Float[Array, "b s_q heads"],
-    keys: IndexKeyRows,
+    keys: _Keys,
     page_table: Int[Array, "b pages"],
     lengths: Int[Array, "b s_q"],
 ) -> Float[Array, "b s_q positions"]:
@@ -204,14 +207,14 @@ def force_tokens(
     return jnp.where(inside & forced, jnp.inf, logits)
 
 
-def _check_query(q: Array, weights: Array, keys: IndexKeyRows, *, rank: int) -> None:
+def _check_query(q: Array, weights: Array, keys: _Keys, *, rank: int) -> None:
     keys.check()
     if q.ndim != rank or q.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
         raise ValueError(
             f"{q.shape=}, {q.dtype=}: expected rank {rank}, e4m3 or bf16; see quantize_index_query"
         )
-    if q.shape[-1] != keys.keys.shape[-1]:
-        raise ValueError(f"{q.shape=}, {keys.keys.shape=}: expected the same last axis")
+    if q.shape[-1] != keys.dim:
+        raise ValueError(f"{q.shape=}, {keys.dim=}: expected the same last axis")
     if weights.shape != q.shape[:-1] or weights.dtype != jnp.float32:
         raise ValueError(
             f"{weights.shape=}, {weights.dtype=}: expected f32 {list(q.shape[:-1])}, one per head"
@@ -239,7 +242,7 @@ def _tiled_logits(
     q: Array,
     weights: Array,
     key_blocks: Any,
-    fetch: Callable[[Any], IndexKeyRows],
+    fetch: Callable[[Any], _Keys],
     tokens: int,
 ) -> Array:
     """Unmasked logits `[t, blocks * size]`; `fetch` turns a block of `key_blocks` into keys."""
@@ -258,7 +261,7 @@ def _tiled_logits(
     return logits.reshape(count * tokens, logits.shape[-1])[:t]
 
 
-def _block_logits(q: Array, weights: Array, rows: IndexKeyRows) -> Array:
+def _block_logits(q: Array, weights: Array, rows: _Keys) -> Array:
     """`[tokens, heads, dim]`, `[tokens, heads]`, keys `(s,)` -> `[tokens, s]`."""
     # e4m3 is exact in bf16, and a bf16 product is exact in f32.
     products = lax.dot_general(

@@ -11,6 +11,7 @@ from jmla.cache import Cache
 from jmla.hisparse.host_memory import write_rows
 from jmla.hisparse.placement import forget, place_new, place_prompt
 from jmla.hisparse.state import HiSparseState
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.topk import paged_indices
 
 
@@ -110,7 +111,10 @@ def admit(
     rows = cache.rows.gather(source)
     keys = state.index_keys
     if keys is not None and cache.index_keys is not None:
-        keys = keys.set(host, cache.index_keys.gather(source))
+        new_keys = cache.index_keys.gather(source)
+        if isinstance(new_keys, PagedIndexKeyRows):
+            new_keys = new_keys.unpacked()
+        keys = keys.set(host, new_keys)
     return HiSparseState(
         write_rows(state.host_rows, host, rows),
         state.buffer_rows.set(residency.buffer_rows_of(in_buffer, request[None])[0], rows),

@@ -17,5 +17,7 @@ from jmla.layouts.index_keys import IndexKeyRows as IndexKeyRows
 from jmla.layouts.index_keys import index_keys_from_bytes as index_keys_from_bytes
 from jmla.layouts.index_keys import quantize_index_keys as quantize_index_keys
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows as PackedBlockScaleRows
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows as PagedIndexKeyRows
+from jmla.layouts.paged_index_keys import paged_index_keys as paged_index_keys
 from jmla.layouts.paged_v4 import PagedV4Rows as PagedV4Rows
 from jmla.layouts.v4 import V4Rows as V4Rows

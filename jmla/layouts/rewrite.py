@@ -10,6 +10,7 @@ from jmla.layouts.base import BLOCK_SCALE_TILE, Rows, TokenRows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp8 import FP8Rows
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows
+from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.layouts.paged_v4 import PagedV4Rows
 
 Latents = Float[Array, "*tokens width"]
@@ -30,6 +31,8 @@ def rewrite(source: TokenRows | Latents, form: TokenRows, slots: Int[Array, "...
         return form.encode(source)
     if slots is not None:
         source = source.gather(slots)
+    if isinstance(source, PagedIndexKeyRows):
+        source = source.unpacked()
     if not isinstance(source, Rows) or not isinstance(form, Rows):
         return dataclasses.replace(form, **_leaves(source))
     if isinstance(source, PackedBlockScaleRows | PagedV4Rows):

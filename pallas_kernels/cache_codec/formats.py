@@ -119,21 +119,32 @@ def v4(rank: int, rope_dim: int, *, pages: Pages | None = None) -> Format:
     return dataclasses.replace(_with_rope(nope, rope, rope_dim), pages=pages)
 
 
-def index_keys(dim: int, *, pow2: bool) -> Format:
-    """e4m3 values with one f32 scale."""
+def index_keys(dim: int, *, pow2: bool, pages: Pages | None = None) -> Format:
+    """e4m3 values with one f32 scale.
+
+    Args:
+        dim: number of values.
+        pow2: whether scales are powers of two.
+        pages: of an array "packed", where a page has its tokens' values, then their scales; None
+            for arrays of their own.
+    """
+    codes, scale = Field("keys", 0, dim), Field("scales", 0, WORD)
+    if pages is not None:
+        codes, scale = Field("packed", 0, dim), Field("packed", pages.size * dim, WORD)
     return Format(
         (
             F32ScalePart(
                 start=0,
                 stop=dim,
-                codes=Field("keys", 0, dim),
-                scale=Field("scales", 0, 4),
+                codes=codes,
+                scale=scale,
                 block=dim,
                 pow2=pow2,
                 smallest_amax=_SMALLEST_INDEX_AMAX,
                 floor=_INDEX_POW2_FLOOR,
             ),
-        )
+        ),
+        pages,
     )
 
 

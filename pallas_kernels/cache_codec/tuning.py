@@ -21,8 +21,9 @@ def spread(source: Format, target: Format, rows: int) -> Spread:
     """That for rows of one format that become rows of another."""
     if rows <= _FEW_ROWS:
         return Spread(1, 1)
+    # bf16 fills the loads of a lane, and so does nothing else.
+    bf16 = all(isinstance(part, BF16Part) for part in source.parts)
     if any(isinstance(part, TensorPart) and part.scale for part in target.parts):
         # Nothing orders the divisions of a row's values: a large block bounds their registers.
-        return Spread(4, 4)
-    # bf16 fills the loads of a lane, and so does nothing else.
-    return Spread(4 if all(isinstance(part, BF16Part) for part in source.parts) else 2, 1)
+        return Spread(4, 4 if bf16 else 1)
+    return Spread(4 if bf16 else 2, 1)

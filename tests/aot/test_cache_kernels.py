@@ -19,7 +19,7 @@ import functools, json, sys
 import jax
 import jax.numpy as jnp
 from jmla import Cache, KVLayout, append, convert, dequantize, init_cache, move_pages, quantize
-from jmla.layouts import from_bytes, to_bytes
+from jmla.layouts import from_bytes, paged_index_keys, to_bytes
 from tests.aot.h200 import bytes_of, on_h200
 
 layout, options, packed = json.loads(sys.argv[1])
@@ -31,7 +31,7 @@ def make():
         return cache
     paged = {"page_size": 64} if layout is KVLayout.FP8_V4 else options
     rows = from_bytes(to_bytes(cache.rows), layout, in_place=True, **paged)
-    return Cache(rows, cache.index_keys)
+    return Cache(rows, paged_index_keys(cache.index_keys.pack(), page_size=64))
 
 def shaped(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -12,10 +12,12 @@ from jmla.cache import Cache, init_cache
 from jmla.cache import append as jmla_append
 from jmla.layouts import (
     BF16Rows,
+    IndexKeyRows,
     KVLayout,
     convert,
     dequantize,
     from_bytes,
+    paged_index_keys,
     quantize,
     to_bytes,
     zero_rows,
@@ -107,7 +109,9 @@ def test_append(name: str, packed: bool):
         latents = without_nan(latents)
         paged = {"page_size": 8} if name == "v4" else options
         rows = from_bytes(to_bytes(cache.rows), layout, in_place=True, **paged)
-        cache = Cache(rows, cache.index_keys)
+        assert isinstance(cache.index_keys, IndexKeyRows)
+        cache = Cache(rows, paged_index_keys(cache.index_keys.pack(), page_size=8))
+        keys = without_nan(keys)
     slots = rng.permutation(40)[:n].astype(np.int32)
     slots[[2, 5, 9]] = [-1, 40, INT_MIN]
     assert cache.index_keys is not None

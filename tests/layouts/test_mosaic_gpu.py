@@ -13,11 +13,13 @@ import pytest
 from jmla.cache import Cache, append, init_cache
 from jmla.layouts import (
     FP8Rows,
+    IndexKeyRows,
     KVLayout,
     Rows,
     convert,
     dequantize,
     from_bytes,
+    paged_index_keys,
     quantize,
     to_bytes,
 )
@@ -181,7 +183,12 @@ def cache_of(name: str, *, pages: int, page_size: int, packed: bool, index_forma
     if packed:
         paged = {"page_size": page_size} if name == "v4" else options
         rows = from_bytes(to_bytes(cache.rows), layout, in_place=True, **paged)
-        cache = type(cache)(rows, cache.index_keys)
+        keys = cache.index_keys
+        if isinstance(keys, IndexKeyRows):
+            keys = paged_index_keys(
+                keys.pack(), page_size=page_size, scale_format=keys.scale_format
+            )
+        cache = Cache(rows, keys)
     return cache
 
 
