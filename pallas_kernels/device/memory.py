@@ -24,6 +24,11 @@ def copy(destination: Value, source: Value, size: Value) -> None:
     ptx(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}, $2;", destination, source, size)
 
 
+def prefetch(source: Value, size: Value) -> None:
+    """Begins to bring `size` bytes to L2; both are multiples of 16."""
+    ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", source, size)
+
+
 def copied_bytes(slot: Value) -> Value:
     """All of a chunk of the row in a slot, nothing for a slot that is masked."""
     return select(slot < 0, i32(0), i32(CHUNK))

@@ -171,6 +171,11 @@ def choose_bits(a: Value, b: Value, mask: int) -> Value:
     return ptx("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, i32(mask), out="r", pure=True)[0]
 
 
+def maximum(a: Value, b: Value | int) -> Value:
+    """The larger of two signed integers."""
+    return Value(arith.maxsi(a.ir, a._lift(b)))
+
+
 def floor_divide(a: Value, b: int) -> Value:
     """a / b of a signed integer, rounded down; `b` is a power of two."""
     return Value(arith.shrsi(a.ir, a._lift(b.bit_length() - 1)))
@@ -388,6 +393,29 @@ def maximum_of_warp(value: Value) -> Value:
 def square_root(a: Value) -> Value:
     """The square root to two units in the last place."""
     return ptx("sqrt.approx.f32 $0, $1;", a, out="f", pure=True)[0]
+
+
+def any_lane(condition: Value) -> Value:
+    """Whether the condition holds in any lane of the warp."""
+    (result,) = ptx(
+        "{ .reg .pred mine, any; setp.ne.u32 mine, $1, 0; "
+        "vote.sync.any.pred any, mine, -1; selp.u32 $0, 1, 0, any; }",
+        bool_to_int(condition),
+        out="r",
+        convergent=True,
+    )
+    return result.equals(1)
+
+
+def ballot(condition: Value) -> Value:
+    """A bit for each lane of the warp: whether the condition holds there."""
+    (result,) = ptx(
+        "{ .reg .pred mine; setp.ne.u32 mine, $1, 0; vote.sync.ballot.b32 $0, mine, -1; }",
+        bool_to_int(condition),
+        out="r",
+        convergent=True,
+    )
+    return result
 
 
 def opaque(value: Value) -> Value:

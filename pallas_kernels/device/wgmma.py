@@ -15,6 +15,8 @@ from pallas_kernels.device.simt import Value, f32_type, fence_registers, i64, i6
 
 ROW_BYTES = 128
 ATOM_BYTES = 8 * ROW_BYTES
+PLAIN_MATRIX_BYTES = 8 * 16
+PLAIN_COLUMN_BYTES = 8 * PLAIN_MATRIX_BYTES
 
 
 def descriptor(address: Value, columns_stride: int = 0) -> Value:
@@ -26,6 +28,16 @@ def descriptor(address: Value, columns_stride: int = 0) -> Value:
     """
     start = ((address & 0x3FFFF) >> 4).wide()
     return start | i64((1 << 62) | (ATOM_BYTES >> 4) << 32 | (columns_stride >> 4) << 16)
+
+
+def plain_descriptor(address: Value) -> Value:
+    """A in shared memory without a swizzle: matrices of 8 rows of 16 bytes, or 8 k.
+
+    Those of all 64 rows one after the other, then those of the next 8 k. `address` is a multiple
+    of 16.
+    """
+    start = ((address & 0x3FFFF) >> 4).wide()
+    return start | i64((PLAIN_MATRIX_BYTES >> 4) << 32 | (PLAIN_COLUMN_BYTES >> 4) << 16)
 
 
 def step(

@@ -1,24 +1,18 @@
-"""The launch."""
+"""The launches of a call."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.row_formats import RANK, RowFormat
 from pallas_kernels.sparse_decode import narrow, wide
 from pallas_kernels.sparse_decode.join import join
-from pallas_kernels.sparse_decode.program import Program
+from pallas_kernels.sparse_decode.program import Program, launch
 from pallas_kernels.sparse_decode.tuning import Choice, Shape, choose, tuning_for
-
-INITIAL_REGISTERS = 128  # 65536 for 512 threads
-
 
 class KeyList(NamedTuple):
     """Keys of `n` queries.
@@ -114,56 +108,18 @@ def _program(row_format: RowFormat, choice: Choice) -> Program:
 
 def _launch(program: Program, shape: Shape, operands: Mapping[str, Array]) -> tuple[Array, Array]:
     """out [splits, n, h, 512] and lse [splits, n, h]."""
-    names = [*operands, "out", "lse"]
-
-    def kernel(*refs: Any) -> None:
-        arrays = dict(zip(names, refs, strict=False))
-        shared = dict(zip(program.shared, refs[len(names) :], strict=True))
-        number = lax.axis_index("block")
-
-        def run(code: Callable[[Any], None]) -> None:
-            @plgpu.inline_mgpu(
-                arg_types=(
-                    {name: plgpu.RefType() for name in shared},
-                    {name: plgpu.RefType() for name in arrays},
-                    plgpu.Layout.WG_SPLAT,
-                )
-            )
-            def emit(_: Any, shared: Any, arrays: Any, number: Any) -> None:
-                code(program.block(shape, shared, arrays, number))
-
-            emit(shared, arrays, number)
-
-        def role(warpgroup: int, registers: int, code: Callable[[Any], None]) -> None:
-            @pl.when(lax.axis_index("warpgroup") == warpgroup)
-            def _() -> None:
-                if registers > INITIAL_REGISTERS:
-                    plgpu.set_max_registers(registers, action="increase")
-                else:
-                    plgpu.set_max_registers(registers, action="decrease")
-                run(code)
-
-        run(lambda block: block.initialise())
-        for warpgroup, (registers, code) in enumerate(program.roles):
-            role(warpgroup, registers, code)
-
     tiles = -(-shape.heads // program.heads)
-    results = (shape.splits, shape.n, shape.heads)
-    launch = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((*results, RANK), jnp.bfloat16 if shape.final else jnp.float32),
-            jax.ShapeDtypeStruct(results, jnp.float32),
-        ),
-        # One axis: the others end at 65535.
-        grid=(shape.n * tiles * shape.splits,),
-        grid_names=("block",),
-        num_threads=len(program.roles),
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((size // 4,), jnp.int32) for size in program.shared.values()],
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+    parts = (shape.splits, shape.n, shape.heads)
+    results = launch(
+        program,
+        shape,
+        operands,
+        {
+            "out": jax.ShapeDtypeStruct(
+                (*parts, RANK), jnp.bfloat16 if shape.final else jnp.float32
+            ),
+            "lse": jax.ShapeDtypeStruct(parts, jnp.float32),
+        },
+        blocks=shape.n * tiles * shape.splits,
     )
-    out, lse = launch(*operands.values())
-    return out, lse
+    return results["out"], results["lse"]

@@ -1,8 +1,17 @@
-"""What a launch needs to know of a kind of block."""
+"""A kind of block, and its launch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+INITIAL_REGISTERS = 128  # 65536 for 512 threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,3 +31,69 @@ class Program:
     shared: Mapping[str, int]
     block: Callable[[Any, Any, Any, Any], Any]
     roles: Sequence[tuple[int, Callable[[Any], None]]]
+
+
+def launch(
+    program: Program,
+    shape: Any,
+    operands: Mapping[str, Array],
+    results: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    blocks: int,
+) -> dict[str, Array]:
+    """Runs a grid of blocks.
+
+    Args:
+        program: of the blocks.
+        shape: what the launch computes, for `program.block`.
+        operands: the arrays that blocks read, under the names they know them by.
+        results: the arrays that they write.
+        blocks: of the grid.
+    """
+    names = [*operands, *results]
+
+    def kernel(*refs: Any) -> None:
+        arrays = dict(zip(names, refs, strict=False))
+        shared = dict(zip(program.shared, refs[len(names) :], strict=True))
+        number = lax.axis_index("block")
+
+        def run(code: Callable[[Any], None]) -> None:
+            @plgpu.inline_mgpu(
+                arg_types=(
+                    {name: plgpu.RefType() for name in shared},
+                    {name: plgpu.RefType() for name in arrays},
+                    plgpu.Layout.WG_SPLAT,
+                )
+            )
+            def emit(_: Any, shared: Any, arrays: Any, number: Any) -> None:
+                code(program.block(shape, shared, arrays, number))
+
+            emit(shared, arrays, number)
+
+        def role(warpgroup: int, registers: int, code: Callable[[Any], None]) -> None:
+            @pl.when(lax.axis_index("warpgroup") == warpgroup)
+            def _() -> None:
+                if registers > INITIAL_REGISTERS:
+                    plgpu.set_max_registers(registers, action="increase")
+                else:
+                    plgpu.set_max_registers(registers, action="decrease")
+                run(code)
+
+        run(lambda block: block.initialise())
+        for warpgroup, (registers, code) in enumerate(program.roles):
+            role(warpgroup, registers, code)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=tuple(results.values()),
+        # One axis: the others end at 65535.
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=len(program.roles),
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((size // 4,), jnp.int32) for size in program.shared.values()],
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    return dict(zip(results, call(*operands.values()), strict=True))

@@ -1,4 +1,4 @@
-"""Which query, heads and keys a block of the grid serves."""
+"""Which query, heads and keys a block serves."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 from pallas_kernels.device.memory import global_address, load_global
 from pallas_kernels.device.row_formats import TILE, Part
-from pallas_kernels.device.simt import Value, floor_divide, i32, minimum, scalar, select
+from pallas_kernels.device.simt import Value, floor_divide, i32, minimum, select
 from pallas_kernels.sparse_decode.tuning import Shape
 
 
 class Task:
-    """The share of one block, as one thread sees it.
+    """One share of the work, as one thread sees it.
 
     Attributes:
         shape: of the launch.
@@ -21,17 +21,18 @@ class Task:
         first_head: the first of its heads.
     """
 
-    def __init__(self, shape: Shape, heads: int, arrays: Mapping[str, Any], number: Any) -> None:
+    def __init__(
+        self, shape: Shape, heads: int, arrays: Mapping[str, Any], index: Value
+    ) -> None:
         """Emits the numbers.
 
         Args:
             shape: of the launch.
             heads: that one block serves.
             arrays: references to the arrays in global memory.
-            number: of this block in the grid.
+            index: of the share; shares of one query are neighbours.
         """
         self.shape, self.arrays = shape, arrays
-        index = scalar(number)
         tiles = math.ceil(shape.heads / heads)
         per_query = tiles * shape.splits
         self.row = index // per_query

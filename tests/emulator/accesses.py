@@ -169,6 +169,19 @@ def vote(match: re.Match, holds: np.ndarray, mask: int) -> np.ndarray:
     return np.repeat(holds.reshape(WARPS, WARP).any(1), WARP)
 
 
+@instruction(r"vote\.sync\.ballot\.b32")
+def ballot(match: re.Match, holds: np.ndarray, mask: int) -> np.ndarray:
+    current().whole_warps(match[0])
+    bits = (holds.reshape(WARPS, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1)
+    return np.repeat(bits.astype(np.uint32), WARP)
+
+
+@instruction(r"cp\.async\.bulk\.prefetch\.L2\.global", targets=0)
+def prefetch(match: re.Match, source: np.ndarray, size: np.ndarray) -> None:
+    mask = current().mask
+    current().block.memory.expect(source[mask], size[mask])
+
+
 @instruction(r"redux\.sync\.(max|add)\.([su])32")
 def reduce_warp(match: re.Match, value: np.ndarray, mask: int) -> np.ndarray:
     current().whole_warps(match[0])

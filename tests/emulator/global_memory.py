@@ -49,6 +49,13 @@ class GlobalMemory:
             loaded[chosen] = self._bytes[array].view(np.uint32)[words]
         return loaded
 
+    def expect(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
+        """Raises `Fault` if one of the ranges, of chunks of 16 bytes, is not inside an array."""
+        if (sizes % 16).any() or not sizes.all():
+            raise Fault(f"{sizes=}: expected multiples of 16")
+        for at in (addresses, addresses + sizes.astype(np.uint64) - np.uint64(16)):
+            self._places(at, 16)
+
     def load_byte(self, addresses: np.ndarray) -> np.ndarray:
         """A byte of each running thread."""
         mask = current().mask

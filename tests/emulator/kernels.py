@@ -49,14 +49,15 @@ def kernels() -> Kernels:
         memory = importlib.import_module(f"{_PACKAGE}.device.memory")
         _replace(memory, mgpu_utils=mlir.mgpu_utils, llvm=mlir.llvm)
         _replace(importlib.import_module(f"{_PACKAGE}.device.wgmma"), llvm=mlir.llvm)
-        call = importlib.import_module(f"{_PACKAGE}.sparse_decode.call")
-        _replace(call, plgpu=launcher.plgpu, pl=launcher.pl, lax=launcher.lax)
+        program = importlib.import_module(f"{_PACKAGE}.sparse_decode.program")
+        _replace(program, plgpu=launcher.plgpu, pl=launcher.pl, lax=launcher.lax)
         join = importlib.import_module(f"{_PACKAGE}.sparse_decode.join")
         _replace(join, plgpu=launcher.plgpu, lax=launcher.lax)
         topk = importlib.import_module(f"{_PACKAGE}.select_topk.call")
         _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
         codec = importlib.import_module(f"{_PACKAGE}.cache_codec.call")
         _replace(codec, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
+        importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 

@@ -15,7 +15,8 @@ from tests.emulator.warpgroup import WARPS, Warpgroup, current
 K = 16
 ROWS = 64
 _ROW_BYTES = 128
-_SWIZZLE_128 = 1
+_PLAIN, _SWIZZLE_128 = 0, 1
+_PLAIN_ROW_BYTES = 16
 
 _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2 "
@@ -112,9 +113,11 @@ class Products:
 
     def _shared(self, group: Warpgroup, at: "_Address", rows: int, transposed: bool) -> np.ndarray:
         """An operand as words: [rows, 8], of two k each, or [16, rows // 2] if transposed."""
-        addresses = at.start + _offsets(rows, transposed, at.atoms, at.columns)
+        offsets = _offsets if at.swizzled else _plain_offsets
+        addresses = at.start + offsets(rows, transposed, at.atoms, at.columns)
         # The bits of the address choose, wherever the operand begins.
-        addresses ^= ((addresses >> 7) & 7) << 4
+        if at.swizzled:
+            addresses ^= ((addresses >> 7) & 7) << 4
         loaded = group.block.shared.multiplied(addresses)
         words = (addresses >> 2).ravel()
         group.block.shared.races.begin_product(words, _warps(group))
@@ -123,20 +126,26 @@ class Products:
 
 
 class _Address(NamedTuple):
-    """A descriptor: where an operand begins, and the strides of atoms and of 64 columns."""
+    """A descriptor: where an operand begins, the strides of atoms and columns, and the swizzle.
+
+    Columns are 64 if it is swizzled, else the 8 k of a matrix.
+    """
 
     start: int
     atoms: int
     columns: int
+    swizzled: bool
 
 
 def _address(operand: Lanes) -> _Address:
     if (operand.array != operand.array[0]).any():
         raise Fault(f"{operand.array=}: expected one descriptor of all threads")
     bits = int(operand.array[0])
-    if bits >> 62 != _SWIZZLE_128 or bits >> 46 & 0xFFFF:
-        raise NotImplementedError(f"{bits=:#x}: expected a swizzle of 128 bytes, and no base")
-    return _Address(*((bits >> shift & 0x3FFF) << 4 for shift in (0, 32, 16)))
+    swizzle = bits >> 62
+    if swizzle not in (_PLAIN, _SWIZZLE_128) or bits >> 46 & 0xFFFF:
+        raise NotImplementedError(f"{bits=:#x}: expected a swizzle of 128 bytes or none, no base")
+    start, atoms, columns = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 32, 16))
+    return _Address(start, atoms, columns, swizzle == _SWIZZLE_128)
 
 
 @functools.cache
@@ -149,6 +158,16 @@ def _offsets(rows: int, transposed: bool, atoms: int, columns: int) -> np.ndarra
     if rows > 64 and not columns:
         raise Fault(f"{rows=} {columns=}: expected a stride between tiles of 64 columns")
     return (k >> 3) * atoms + (k & 7) * _ROW_BYTES + 4 * (word & 31) + (word >> 5) * columns
+
+
+@functools.cache
+def _plain_offsets(rows: int, transposed: bool, atoms: int, columns: int) -> np.ndarray:
+    """The same for matrices of 8 rows of 16 bytes, `atoms` apart, and `columns` along k."""
+    if transposed:
+        raise NotImplementedError("a plain operand whose rows are k")
+    row, word = np.meshgrid(np.arange(rows), np.arange(K // 2), indexing="ij")
+    place = (row >> 3) * atoms + (row & 7) * _PLAIN_ROW_BYTES
+    return place + (word >> 2) * columns + 4 * (word & 3)
 
 
 def _warps(group: Warpgroup) -> range:

@@ -12,6 +12,7 @@ from pallas_kernels.device.simt import (
     Value,
     block_thread,
     ptx,
+    scalar,
     select,
     when,
 )
@@ -114,7 +115,7 @@ class Block(Task):
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        super().__init__(shape, tuning.heads, arrays, number)
+        super().__init__(shape, tuning.heads, arrays, scalar(number))
         self.format, self.tuning = row_format, tuning
         self.thread = Thread.current()
         self.memory = SmallMemory.of(tuning)

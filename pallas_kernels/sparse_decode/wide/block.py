@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import shared_address
 from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE, RowFormat
-from pallas_kernels.device.simt import WARPGROUP, Thread, Value, block_thread, ptx, select, when
+from pallas_kernels.device.simt import WARPGROUP, Thread, Value, block_thread, ptx, scalar, select, when
 from pallas_kernels.device.sync import BYTES, Barriers
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, WIDE_HEADS, Shape
@@ -114,7 +114,7 @@ class Block(Task):
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        super().__init__(shape, WIDE_HEADS, arrays, number)
+        super().__init__(shape, WIDE_HEADS, arrays, scalar(number))
         self.format = row_format
         self.thread = Thread.current()
         self.query, self.tiles, self.small = (

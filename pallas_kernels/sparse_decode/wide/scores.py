@@ -6,6 +6,7 @@ from pallas_kernels.device.row_formats import TILE, pack_bf16, pack_f16
 from pallas_kernels.device.simt import (
     WARPGROUP,
     Value,
+    any_lane,
     bool_to_int,
     branch,
     exp2,
@@ -15,7 +16,6 @@ from pallas_kernels.device.simt import (
     i32,
     loop,
     opaque,
-    ptx,
     select,
     shuffle_xor,
     when,
@@ -133,7 +133,7 @@ class _Softmax:
             ]
         tops = [self._top(logits, r) for r in range(ROWS)]
         over = [tops[r] > state[r] + LARGEST_WEIGHT for r in range(ROWS)]
-        raised = _any(over[0] | over[1])
+        raised = any_lane(over[0] | over[1])
         state = branch(raised, state, lambda: self._raise(tops, ring, state))
         flag = block.small + slot * (4 * WARPS) + self.thread.warp * 4
         when(
@@ -214,18 +214,6 @@ class _Softmax:
                 store_shared(place, [factor], MEMORY.tokens)
 
             when(writes, store)
-
-
-def _any(condition: Value) -> Value:
-    """Whether the condition holds in any lane of the warp."""
-    (result,) = ptx(
-        "{ .reg .pred mine, any; setp.ne.u32 mine, $1, 0; "
-        "vote.sync.any.pred any, mine, -1; selp.u32 $0, 1, 0, any; }",
-        bool_to_int(condition),
-        out="r",
-        convergent=True,
-    )
-    return result.equals(1)
 
 
 def _row(i: int) -> int:

@@ -1,0 +1,110 @@
+"""The warpgroups of the second product: each adds up 256 columns of the output."""
+
+from pallas_kernels.device import wgmma
+from pallas_kernels.device.memory import global_address, load_shared, store_global
+from pallas_kernels.device.row_formats import RANK, pack_bf16
+from pallas_kernels.device.simt import Value, branch, f32, loop, select, shuffle_xor, when
+from pallas_kernels.device.sync import Ring, proxy_fence
+from pallas_kernels.sparse_decode.task import Task
+from pallas_kernels.sparse_prefill.block import Block
+from pallas_kernels.sparse_prefill.tuning import HEADS, WARPS
+
+PRODUCTS = 2  # of 128 columns: one of 256 would take more registers than a launch begins with
+SIZE = 64  # floats of a thread in one of them
+ROWS = 2  # heads of a thread
+
+
+def values(block: Block, half: int) -> None:
+    """O = P V for columns 256 half to 256 half + 255, of one task after another."""
+    stages = block.tuning.stages
+
+    def one(index: Value, carry: list[Value]) -> list[Value]:
+        task, turn = block.task(index), Ring(1, *carry[2:])
+
+        def step(_: Value, *carry: Value) -> list[Value]:
+            acc, ring = list(carry[:-2]), Ring(stages, *carry[-2:])
+            block.decided.wait(ring.slot, ring.phase)
+            acc = _decayed(block, acc, ring.slot)
+            if block.tuning.fence:
+                block.full.wait(ring.slot, ring.phase)
+                proxy_fence()
+            block.weighted.wait(ring.slot, ring.phase)
+            acc = _add(block, half, acc, ring.slot)
+            block.empty.arrive_warp(ring.slot, block.thread)
+            return [*acc, *ring.next().values()]
+
+        zeros = [f32(0.0)] * (PRODUCTS * SIZE)
+        carry = loop(0, block.stages_of(task), [*zeros, *carry[:2]], step)
+        block.result_full.wait(0, turn.phase)
+        place = block.small + block.head_row() * 4
+        factors = [load_shared(place, "f", block.memory.factor + 32 * r)[0] for r in range(ROWS)]
+        block.result_empty.arrive_warp(0, block.thread)
+        _store(block, task, half, [x * factors[_row(i)] for i, x in enumerate(carry[:-2])])
+        return [*carry[-2:], *turn.next().values()]
+
+    block.for_each_task([*Ring.start(stages).values(), *Ring.start(1).values()], one)
+
+
+def _add(block: Block, half: int, acc: list[Value], slot: Value) -> list[Value]:
+    """The accumulator with the keys of a stage."""
+    tuning, tile = block.tuning, block.tile(slot)
+    a = wgmma.plain_descriptor(tile + tuning.rope_tile)
+    b = wgmma.descriptor(tile + half * (4 * tuning.column_tile), tuning.column_tile)
+    acc = wgmma.begin(acc)
+    for step in range(tuning.keys // 16):
+        for product in range(PRODUCTS):
+            part = slice(product * SIZE, (product + 1) * SIZE)
+            columns = (product * 2 * tuning.column_tile + step * 2 * wgmma.ATOM_BYTES) >> 4
+            acc[part] = wgmma.step_from_shared(
+                acc[part],
+                a + ((step * 2 * wgmma.PLAIN_COLUMN_BYTES) >> 4),
+                b + columns,
+                dtype="bf16",
+                b_is_k_major=False,
+            )
+    wgmma.commit()
+    return wgmma.wait(0, acc)
+
+
+def _decayed(block: Block, acc: list[Value], slot: Value) -> list[Value]:
+    """The accumulator relative to the references that this stage has raised."""
+    flag = block.small + (slot * WARPS + block.thread.warp) * 4
+    (raised,) = load_shared(flag, "r", block.memory.raised)
+
+    def decay() -> list[Value]:
+        place = block.small + slot * (4 * HEADS) + block.head_row() * 4
+        factors = [load_shared(place, "f", block.memory.decay + 32 * r)[0] for r in range(ROWS)]
+        return [x * factors[_row(i)] for i, x in enumerate(acc)]
+
+    return branch(raised.equals(1), acc, decay)
+
+
+def _store(block: Block, task: Task, half: int, acc: list[Value]) -> None:
+    """Writes the output from the registers, in whole sectors of 32 bytes.
+
+    Two neighbouring threads exchange words, so that each has eight bytes of a row and both
+    together with the other two of the quad have 32.
+    """
+    thread = block.thread
+    odd = (thread.column & 1).equals(1)
+    out = global_address(block.arrays["out"])
+    for r in range(ROWS):
+        head = task.first_head + block.head_row() + 8 * r
+        words = [pack_bf16(acc[i + 2 * r], acc[i + 2 * r + 1]) for i in range(0, len(acc), 4)]
+        exchanged = []
+        for a, b in zip(words[::2], words[1::2], strict=True):
+            other = shuffle_xor(select(odd, a, b), 1)
+            exchanged.append([select(odd, other, a), select(odd, b, other)])
+
+        def store(head: Value = head, exchanged: list[list[Value]] = exchanged) -> None:
+            column = ((thread.column & 1) << 3) + ((thread.column >> 1) << 2) + 256 * half
+            row = out + (task.result_row(head) * RANK + column.wide()) * 2
+            for k, pair in enumerate(exchanged):
+                store_global(row, pair, 32 * k)
+
+        when(head < block.shape.heads, store)
+
+
+def _row(i: int) -> int:
+    """Which of its two heads an element of a thread's products belongs to."""
+    return (i >> 1) & 1
