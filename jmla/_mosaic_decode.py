@@ -6,7 +6,8 @@ importing the rest of jmla.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,16 @@ from jmla.layouts.packed_block_scale import PackedBlockScaleRows
 from jmla.layouts.paged_v4 import PagedV4Rows
 from jmla.layouts.v4 import V4Rows
 
+if TYPE_CHECKING:
+    from pallas_kernels.sparse_decode import KeyList
+
 PLATFORM = "sm_90"
 ROPE_DIM = 64
 LAYOUTS = tuple(KVLayout)
 COPIED_BYTES = 16  # that the kernel copies at once, from where a multiple of them begins
 
 
-class _Queries(NamedTuple):
+class Queries(NamedTuple):
     """What each of `n` query tokens has of its own.
 
     Attributes:
@@ -42,7 +46,7 @@ class _Queries(NamedTuple):
     lengths: tuple[Int[Array, " n"] | None, ...]
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """What all query tokens share: one or two caches, the factor on the logits, the sinks."""
 
     caches: tuple[Rows, ...]
@@ -54,12 +58,12 @@ _Results = tuple[BFloat16[Array, "n h value"], Float[Array, "n h"]]
 
 
 def unsupported_reasons(
-    q: BFloat16[Array, "b s_q h width"], rows: Rows, extra_rows: Rows | None
+    q: BFloat16[Array, "*tokens h width"], rows: Rows, extra_rows: Rows | None
 ) -> list[str]:
-    """Why the kernel cannot serve a call of `jmla.sparse_decode`; empty if it can.
+    """Why the kernels cannot serve a call of a sparse op; empty if they can.
 
     Args:
-        q: the queries, of the shape that `jmla.sparse_decode` accepts.
+        q: the queries, of the shape that the op accepts.
         rows: the cache.
         extra_rows: the second cache, or None.
     """
@@ -115,12 +119,12 @@ def sparse_decode(
     if extra_rows is not None and extra_indices is not None:
         caches.append((extra_rows, extra_indices, extra_topk_length))
     n = math.prod(batch)
-    queries = _Queries(
+    queries = Queries(
         q.reshape(n, *q.shape[2:]),
         tuple(slots.reshape(n, slots.shape[2]) for _, slots, _ in caches),
         tuple(_per_query(lengths, batch) for *_, lengths in caches),
     )
-    shared = _Shared(
+    shared = Shared(
         tuple(cache for cache, *_ in caches), jnp.asarray(sm_scale, jnp.float32), attn_sink
     )
     out, lse = _compiled(queries, shared, num_splits)
@@ -138,19 +142,19 @@ def _per_query(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _attend(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Results:
-    return _batchable(num_splits)(queries, shared)
+def _attend(queries: Queries, shared: Shared, num_splits: int | None) -> _Results:
+    return batchable(functools.partial(_launch, num_splits))(queries, shared)
 
 
 @_attend.defjvp
 def _with_derivatives_of_xla(
-    num_splits: int | None, primals: tuple[_Queries, _Shared], tangents: tuple[Any, Any]
+    num_splits: int | None, primals: tuple[Queries, Shared], tangents: tuple[Any, Any]
 ) -> tuple[_Results, _Results]:
     _, moved = jax.jvp(functools.partial(_by_xla, num_splits), primals, tangents)
     return _attend(*primals, num_splits), moved
 
 
-def _by_xla(num_splits: int | None, queries: _Queries, shared: _Shared) -> _Results:
+def _by_xla(num_splits: int | None, queries: Queries, shared: Shared) -> _Results:
     lists = [
         _xla_attention.slot_list(cache, indices, lengths)
         for cache, indices, lengths in zip(
@@ -170,52 +174,70 @@ def _by_xla(num_splits: int | None, queries: _Queries, shared: _Shared) -> _Resu
 _compiled = jax.jit(_attend, static_argnums=2)
 
 
-def _batchable(num_splits: int | None) -> Any:
-    """The kernel's call as a function of queries and what they share, with a rule for vmap."""
+def batchable[*R](
+    launch: Callable[[Queries, Shared], tuple[*R]],
+) -> Callable[[Queries, Shared], tuple[*R]]:
+    """A kernel's launch, whose results have an axis of queries, with a rule for vmap.
+
+    vmap over the queries alone makes them more queries; over anything else, one launch each.
+    """
 
     @jax.custom_batching.custom_vmap
-    def call(queries: _Queries, shared: _Shared) -> _Results:
-        return _launch(queries, shared, num_splits)
+    def call(queries: Queries, shared: Shared) -> tuple[*R]:
+        return launch(queries, shared)
 
     @call.def_vmap
     def over_axis(
         axis_size: int,
         in_batched: tuple[Any, Any],
-        queries: _Queries,
-        shared: _Shared,
-    ) -> tuple[_Results, tuple[bool, bool]]:
+        queries: Queries,
+        shared: Shared,
+    ) -> tuple[tuple[*R], tuple[bool, ...]]:
         is_batched = jax.tree.leaves(in_batched)
         if axis_size == 0 or any(jax.tree.leaves(in_batched[1])):
             leaves, tree = jax.tree.flatten((queries, shared))
 
-            def call_one(moving: list[Array]) -> _Results:
+            def call_one(moving: list[Array]) -> tuple[*R]:
                 own = iter(moving)
                 pairs = zip(leaves, is_batched, strict=True)
                 mixed = [next(own) if moves else x for x, moves in pairs]
                 return call(*jax.tree.unflatten(tree, mixed))
 
             moving = [x for x, moves in zip(leaves, is_batched, strict=True) if moves]
-            return jax.lax.map(call_one, moving), (True, True)
+            results = jax.lax.map(call_one, moving)
+            return results, (True,) * len(results)
 
         def merged(x: Array, moves: bool) -> Array:
             x = x if moves else jnp.broadcast_to(x[None], (axis_size, *x.shape))
             return x.reshape(axis_size * x.shape[1], *x.shape[2:])
 
-        out, lse = call(jax.tree.map(merged, queries, in_batched[0]), shared)
-        split = (axis_size, out.shape[0] // axis_size)
-        results = out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
-        return results, (True, True)
+        results = call(jax.tree.map(merged, queries, in_batched[0]), shared)
+        apart = tuple(x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]) for x in results)
+        return apart, (True,) * len(apart)
 
     return call
 
 
-def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Results:
+def _launch(num_splits: int | None, queries: Queries, shared: Shared) -> _Results:
     from pallas_kernels import sparse_decode as kernels
 
-    # Merged here, under jit: outside of it every reshape is a copy of the cache.
+    results = kernels.sparse_decode(
+        queries.q,
+        key_lists(queries, shared),
+        sm_scale=shared.sm_scale,
+        attn_sink=shared.attn_sink,
+        num_splits=num_splits,
+    )
+    return results.out, results.lse
+
+
+def key_lists(queries: Queries, shared: Shared) -> "list[KeyList]":
+    """The caches as the kernels take them, under jit: outside of it a reshape copies the cache."""
+    from pallas_kernels.sparse_decode import KeyList
+
     caches = [cache.flat() for cache in shared.caches]
-    lists = [
-        kernels.KeyList(
+    return [
+        KeyList(
             format=format_name(cache),
             arrays=_arrays(cache),
             indices=indices,
@@ -224,13 +246,6 @@ def _launch(queries: _Queries, shared: _Shared, num_splits: int | None) -> _Resu
         )
         for cache, indices, lengths in zip(caches, queries.indices, queries.lengths, strict=True)
     ]
-    return kernels.sparse_decode(
-        queries.q,
-        lists,
-        sm_scale=shared.sm_scale,
-        attn_sink=shared.attn_sink,
-        num_splits=num_splits,
-    )
 
 
 def format_name(rows: Rows) -> str:

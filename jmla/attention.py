@@ -40,14 +40,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla import _attention_checks as checks
-from jmla import _implementation, _mosaic_decode, _xla_attention, reference
+from jmla import _implementation, _mosaic_decode, _mosaic_prefill, _xla_attention, reference
 from jmla.layouts.base import Rows
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 """The code that computes an op; None in its place means the best one that serves the call."""
-
-# See `_xla_attention.CPU_DECODE_ROWS_PER_STEP`; 4096 prompt tokens took 0.5 s and 0.2 s.
-_CPU_PREFILL_ROWS_PER_STEP = 16
 
 
 def sparse_decode(
@@ -174,22 +171,18 @@ def sparse_prefill(
     checks.check_lengths("topk_length", topk_length, (q.shape[:1],))
     checks.check_sink(attn_sink, q.shape[1])
     checks.check_scale(sm_scale)
-    if _choose(implementation, _no_kernel("sparse_prefill")) == "reference":
+    chosen = _choose(implementation, _mosaic_decode.unsupported_reasons(q, rows, None))
+    if chosen == "mosaic_gpu":
+        return _mosaic_prefill.sparse_prefill(
+            q, rows, indices, sm_scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink
+        )
+    if chosen == "reference":
         return reference.sparse_prefill(
             q, rows, indices, sm_scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink
         )
 
-    out, max_logits, lse = _xla_attention.attend(
-        q[:, None],
-        [_xla_attention.slot_list(rows, indices, topk_length)],
-        page_sizes=(1,),
-        sm_scale=sm_scale,
-        attn_sink=attn_sink,
-        rows_per_step=_xla_attention.widest_step(indices.shape[-1]),
-        cpu_rows_per_step=_CPU_PREFILL_ROWS_PER_STEP,
-        num_splits=1,
-    )
-    return out[:, 0], max_logits[:, 0], lse[:, 0]
+    slots = _xla_attention.slot_list(rows, indices, topk_length)
+    return _xla_attention.prefill(q, slots, sm_scale=sm_scale, attn_sink=attn_sink)
 
 
 def dense_decode(

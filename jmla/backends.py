@@ -80,7 +80,7 @@ class Kernel:
         phase: the phase it computes.
         indices: the indices it takes.
         platforms: where it runs; elsewhere XLA fulfils the contract.
-        layouts: the layouts it reads.
+        layouts: the layouts it reads, or whose gathered rows it reads.
     """
 
     phase: Phase
@@ -152,6 +152,9 @@ BACKENDS: tuple[Backend, ...] = (
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("decode", "PAGED", (_mosaic_decode.PLATFORM,), _mosaic_decode.LAYOUTS),
+    Kernel("prefill", "PAGED", (_mosaic_decode.PLATFORM,), _mosaic_decode.LAYOUTS),
+    # Gathered rows of FP8_V4 are values without a rotary part, which no kernel reads.
+    Kernel("prefill", "RAGGED", (_mosaic_decode.PLATFORM,), (_RAW, _BLOCK, _FP4)),
 )
 
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
@@ -221,6 +224,16 @@ def kernels_of(name: str, phase: Phase) -> tuple[Kernel, ...]:
         kernel
         for kernel in KERNELS
         if kernel.phase == phase and reads & {(x, kernel.indices) for x in kernel.layouts}
+    )
+
+
+def kernels_over(name: str, phase: Phase, layout: KVLayout) -> tuple[Kernel, ...]:
+    """Those of them that serve it over that layout."""
+    how = access(name, phase, layout)
+    return tuple(
+        kernel
+        for kernel in kernels_of(name, phase)
+        if how and kernel.indices == how.indices and layout in kernel.layouts
     )
 
 

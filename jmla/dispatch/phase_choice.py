@@ -17,6 +17,7 @@ from jmla.backends import (
     describe_platform,
     find_backend,
     kernels_of,
+    kernels_over,
     pick_auto,
 )
 from jmla.config import Config
@@ -150,8 +151,11 @@ def _what_runs(backend: str, phase: Phase, how: Access, facts: SharedFacts) -> s
     where = describe_platform(facts.platform)
     if not any(facts.platform in kernel.platforms for kernel in kernels_of(backend, phase)):
         return f"runs on XLA: no device kernel serves {backend} {phase} on {where}"
+    if not kernels_over(backend, phase, how.layout):
+        return f"runs on XLA: no device kernel serves {backend} {phase} over {how.layout.name}"
     reasons = layout_reasons(facts.layout, facts.rank, facts.rope_dim)
     if reasons:
         return f"runs on XLA: {'; '.join(reasons)}"
-    copies = ", which makes no dequantised copies" * (how.reads == "gather_dequantize")
+    in_place = how.reads == "gather_dequantize" and how.indices == "PAGED"
+    copies = ", which makes no dequantised copies" * in_place
     return f"runs on the device kernel for {where}{copies}"

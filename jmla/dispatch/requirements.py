@@ -13,6 +13,7 @@ from jmla.backends import (
     dtype_of,
     find_backend,
     kernels_of,
+    kernels_over,
     serves,
 )
 from jmla.config import Config, quote
@@ -136,6 +137,8 @@ def kernel_problems(
                 f"has no kernel for {name or 'any'} {phase} on {platform!r} (platforms with one: "
                 f"{quote(where) or 'none yet'})"
             ]
+        elif layout is not None and not any(kernels_over(each, phase, layout) for each in names):
+            reasons = [f"has no kernel for {name or 'any'} {phase} over {layout.name}"]
         elif layout is not None:
             reasons = [
                 f"cannot serve {name or 'any'} {phase}: {reason}"

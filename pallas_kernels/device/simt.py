@@ -395,6 +395,13 @@ def square_root(a: Value) -> Value:
     return ptx("sqrt.approx.f32 $0, $1;", a, out="f", pure=True)[0]
 
 
+def over_quad(value: Value, join: Callable[[Value, Value], Value]) -> Value:
+    """The values of four neighbouring lanes joined, for all four."""
+    for mask in (1, 2):
+        value = join(value, shuffle_xor(value, mask))
+    return value
+
+
 def any_lane(condition: Value) -> Value:
     """Whether the condition holds in any lane of the warp."""
     (result,) = ptx(

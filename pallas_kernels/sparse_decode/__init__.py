@@ -8,6 +8,6 @@ ones for 64.
 
 from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.row_formats import ROPE_DIM
-from pallas_kernels.sparse_decode.call import KeyList, sparse_decode
+from pallas_kernels.sparse_decode.call import KeyList, Results, sparse_decode
 
-__all__ = ["FORMATS", "ROPE_DIM", "KeyList", "sparse_decode"]
+__all__ = ["FORMATS", "ROPE_DIM", "KeyList", "Results", "sparse_decode"]

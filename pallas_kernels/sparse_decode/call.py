@@ -1,5 +1,6 @@
 """The launches of a call."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from pallas_kernels.sparse_decode import narrow, wide
 from pallas_kernels.sparse_decode.join import join
 from pallas_kernels.sparse_decode.program import Program, launch
 from pallas_kernels.sparse_decode.tuning import Choice, Shape, choose, tuning_for
+
 
 class KeyList(NamedTuple):
     """Keys of `n` queries.
@@ -46,6 +48,20 @@ class KeyList(NamedTuple):
         return self.arrays[FORMATS[self.format].nope.array]
 
 
+class Results(NamedTuple):
+    """Of `n` queries.
+
+    Attributes:
+        out: bf16 [n, h, 512].
+        lse: f32 [n, h], natural and without the sink.
+        max_logits: f32 [n, h], -inf for a query that attends to nothing, or None.
+    """
+
+    out: BFloat16[Array, "n h 512"]
+    lse: Float[Array, "n h"]
+    max_logits: Float[Array, "n h"] | None
+
+
 def sparse_decode(
     q: BFloat16[Array, "n h width"],
     lists: Sequence[KeyList],
@@ -53,7 +69,8 @@ def sparse_decode(
     sm_scale: float | Float[Array, ""],
     attn_sink: Float[Array, " h"] | None,
     num_splits: int | None,
-) -> tuple[BFloat16[Array, "n h 512"], Float[Array, "n h"]]:
+    with_max_logits: bool = False,
+) -> Results:
     """Attention of `n` queries to the keys of all lists.
 
     Args:
@@ -62,9 +79,7 @@ def sparse_decode(
         sm_scale: factor on the logits.
         attn_sink: f32 [h], the logit of a key of value zero, or None.
         num_splits: parts of each list; None chooses by the shapes.
-
-    Returns:
-        out, bf16 [n, h, 512], and lse, f32 [n, h], natural and without the sink.
+        with_max_logits: whether each head's largest logit is among the results.
     """
     n, heads, _ = q.shape
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
@@ -74,7 +89,6 @@ def sparse_decode(
     final = len(lists) == 1 and choices[0].splits == 1
     results = []
     for each, choice in zip(lists, choices, strict=True):
-        row_format = FORMATS[each.format]
         shape = Shape(
             n=n,
             heads=heads,
@@ -85,6 +99,7 @@ def sparse_decode(
             has_lengths=each.lengths is not None,
             has_sink=final and attn_sink is not None,
             has_scale="scale" in each.arrays,
+            has_max_logits=with_max_logits,
             pages=each.pages,
         )
         operands = {"q": q, "indices": each.indices, "sm_scale": scale, **each.arrays}
@@ -94,10 +109,14 @@ def sparse_decode(
             operands["lengths"] = each.lengths
         if shape.has_sink and attn_sink is not None:
             operands["sink"] = attn_sink
-        results.append(_launch(_program(row_format, choice), shape, operands))
+        results.append(_launch(_program(FORMATS[each.format], choice), shape, operands))
+    top = None
+    if with_max_logits:
+        tops = [part for each in results for part in each["max_logits"]]
+        top = functools.reduce(jnp.maximum, tops)
     if final:
-        return results[0][0][0], results[0][1][0]
-    return join(results, attn_sink)
+        return Results(results[0]["out"][0], results[0]["lse"][0], top)
+    return Results(*join([(each["out"], each["lse"]) for each in results], attn_sink), top)
 
 
 def _program(row_format: RowFormat, choice: Choice) -> Program:
@@ -106,20 +125,15 @@ def _program(row_format: RowFormat, choice: Choice) -> Program:
     return narrow.program(row_format, tuning_for(row_format, choice.heads))
 
 
-def _launch(program: Program, shape: Shape, operands: Mapping[str, Array]) -> tuple[Array, Array]:
-    """out [splits, n, h, 512] and lse [splits, n, h]."""
+def _launch(program: Program, shape: Shape, operands: Mapping[str, Array]) -> dict[str, Array]:
+    """out [splits, n, h, 512], lse and perhaps max_logits [splits, n, h]."""
     tiles = -(-shape.heads // program.heads)
     parts = (shape.splits, shape.n, shape.heads)
-    results = launch(
-        program,
-        shape,
-        operands,
-        {
-            "out": jax.ShapeDtypeStruct(
-                (*parts, RANK), jnp.bfloat16 if shape.final else jnp.float32
-            ),
-            "lse": jax.ShapeDtypeStruct(parts, jnp.float32),
-        },
-        blocks=shape.n * tiles * shape.splits,
-    )
-    return results["out"], results["lse"]
+    dtype = jnp.bfloat16 if shape.final else jnp.float32
+    results = {
+        "out": jax.ShapeDtypeStruct((*parts, RANK), dtype),
+        "lse": jax.ShapeDtypeStruct(parts, jnp.float32),
+    }
+    if shape.has_max_logits:
+        results["max_logits"] = jax.ShapeDtypeStruct(parts, jnp.float32)
+    return launch(program, shape, operands, results, blocks=shape.n * tiles * shape.splits)

@@ -84,14 +84,17 @@ def logit_factor(task: Task, down: Value) -> Value:
     return scale * math.log2(math.e) * down
 
 
-def finish_head(task: Task, head: Value, reference: Value, total: Value, writes: Value) -> Value:
-    """Stores the LSE of one of the block's heads; the factor on its output.
+def finish_head(
+    task: Task, head: Value, reference: Value, total: Value, top: Value | None, writes: Value
+) -> Value:
+    """Stores the LSE and the largest logit of one of the block's heads; the factor on its output.
 
     Args:
         task: of the block.
         head: its number in the block.
         reference: the logarithm of base 2 whose weight is 1.
         total: the sum of weights.
+        top: the largest of its logits that are numbers, as a logarithm of base 2, or None.
         writes: whether this thread stores.
     """
     shape = task.shape
@@ -100,8 +103,12 @@ def finish_head(task: Task, head: Value, reference: Value, total: Value, writes:
     number = task.first_head + head
 
     def store() -> None:
-        target = global_address(task.arrays["lse"]) + task.result_row(number) * 4
-        store_global(target, [lse * math.log(2.0)])
+        place = task.result_row(number) * 4
+        store_global(global_address(task.arrays["lse"]) + place, [lse * math.log(2.0)])
+        if top is not None:
+            # A logit that is no number shows in the sum.
+            largest = select(total.equals(total), top * math.log(2.0), total)
+            store_global(global_address(task.arrays["max_logits"]) + place, [largest])
 
     when(writes & (number < shape.heads), store)
     factor = divide(f32(1.0), total)

@@ -21,9 +21,7 @@ class Task:
         first_head: the first of its heads.
     """
 
-    def __init__(
-        self, shape: Shape, heads: int, arrays: Mapping[str, Any], index: Value
-    ) -> None:
+    def __init__(self, shape: Shape, heads: int, arrays: Mapping[str, Any], index: Value) -> None:
         """Emits the numbers.
 
         Args:

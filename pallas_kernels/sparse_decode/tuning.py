@@ -54,6 +54,7 @@ class Shape:
         has_lengths: whether each query has a length of its own.
         has_sink: whether each head has a sink; for final results only.
         has_scale: whether the cache has one scale for all of its values.
+        has_max_logits: whether each head's largest logit is a result.
         pages: the slots and the bytes of a page, if rows lie in pages, or None.
     """
 
@@ -66,6 +67,7 @@ class Shape:
     has_lengths: bool
     has_sink: bool
     has_scale: bool
+    has_max_logits: bool
     pages: tuple[int, int] | None
 
     @property
@@ -146,10 +148,12 @@ def choose(row_format: RowFormat, n: int, heads: int, topk: int, num_splits: int
     else:
         kinds = [(True, WIDE_HEADS)]
     choices = [Choice(*kind, splits) for splits in parts for kind in kinds]
-    return min(choices, key=lambda choice: _estimate(n, heads, blocks, choice))
+    return min(choices, key=lambda choice: estimate(n, heads, topk, choice))
 
 
-def _estimate(n: int, heads: int, blocks: int, choice: Choice) -> float:
+def estimate(n: int, heads: int, topk: int, choice: Choice) -> float:
+    """The microseconds that a choice is expected to take on an H200."""
+    blocks = math.ceil(topk / TILE)
     waves = math.ceil(n * math.ceil(heads / choice.heads) * choice.splits / SLOTS)
     key_block = _WIDE_KEY_BLOCK if choice.wide else _NARROW_KEY_BLOCK[choice.heads]
     time = waves * (_LAUNCH + math.ceil(blocks / choice.splits) * key_block)

@@ -1,18 +1,19 @@
-"""The launch."""
+"""The launch, or that of the decode kernel where its blocks are the faster ones."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Float
 
 from pallas_kernels.device.row_formats import RANK
+from pallas_kernels.sparse_decode.call import KeyList, sparse_decode
 from pallas_kernels.sparse_decode.program import Program, launch
 from pallas_kernels.sparse_decode.tuning import Shape
 from pallas_kernels.sparse_prefill.block import Block, blocks_of, shared_bytes
 from pallas_kernels.sparse_prefill.gather import gather
 from pallas_kernels.sparse_prefill.scores import scores
-from pallas_kernels.sparse_prefill.tuning import HEADS, TUNING, Tuning
+from pallas_kernels.sparse_prefill.tuning import HEADS, TUNING, Tuning, is_for_own_blocks
 from pallas_kernels.sparse_prefill.values import values
 
 
@@ -33,10 +34,8 @@ def program(tuning: Tuning) -> Program:
 
 
 def sparse_prefill(
-    q: BFloat16[Array, "n h 576"],
-    latents: BFloat16[Array, "slots 576"],
-    indices: Int[Array, "n topk"],
-    lengths: Int[Array, " n"] | None,
+    q: BFloat16[Array, "n h width"],
+    keys: KeyList,
     *,
     sm_scale: float | Float[Array, ""],
     attn_sink: Float[Array, " h"] | None,
@@ -44,10 +43,8 @@ def sparse_prefill(
     """Attention of `n` queries to the rows that each of them names.
 
     Args:
-        q: bf16 [n, h, 576]; n and h at least 1.
-        latents: the cache; at least one row.
-        indices: int32 [n, topk], slots; any slot outside the cache is masked.
-        lengths: int32 [n], how many of a query's slots count, or None for all.
+        q: bf16 [n, h, width], of the rows' format; n and h at least 1.
+        keys: of the queries, in a cache of at least one row.
         sm_scale: factor on the logits.
         attn_sink: f32 [h], the logit of a key of value zero, or None.
 
@@ -56,22 +53,29 @@ def sparse_prefill(
         sink.
     """
     n, heads, _ = q.shape
+    if not is_for_own_blocks(keys.format, n, heads, keys.indices.shape[1]):
+        done = sparse_decode(
+            q, [keys], sm_scale=sm_scale, attn_sink=attn_sink, num_splits=None, with_max_logits=True
+        )
+        assert done.max_logits is not None
+        return done.out, done.max_logits, done.lse
     shape = Shape(
         n=n,
         heads=heads,
-        topk=indices.shape[1],
-        num_slots=latents.shape[0],
+        topk=keys.indices.shape[1],
+        num_slots=keys.num_slots,
         splits=1,
         final=True,
-        has_lengths=lengths is not None,
+        has_lengths=keys.lengths is not None,
         has_sink=attn_sink is not None,
         has_scale=False,
+        has_max_logits=True,
         pages=None,
     )
     scale = jnp.asarray(sm_scale, jnp.float32).reshape(1)
-    operands = {"q": q, "latents": latents, "indices": indices, "sm_scale": scale}
-    if lengths is not None:
-        operands["lengths"] = lengths
+    operands = {"q": q, "indices": keys.indices, "sm_scale": scale, **keys.arrays}
+    if keys.lengths is not None:
+        operands["lengths"] = keys.lengths
     if attn_sink is not None:
         operands["sink"] = attn_sink
     results = launch(

@@ -1,14 +1,12 @@
 """The warpgroup of the logits and their softmax."""
 
 import math
-from collections.abc import Callable
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import (
     global_address,
     load_global,
     load_shared,
-    store_global,
     store_shared,
 )
 from pallas_kernels.device.row_formats import pack_bf16
@@ -24,8 +22,8 @@ from pallas_kernels.device.simt import (
     i32,
     loop,
     opaque,
+    over_quad,
     select,
-    shuffle_xor,
     when,
 )
 from pallas_kernels.device.sync import Ring, named_barrier, proxy_fence
@@ -219,7 +217,7 @@ class _Softmax:
         place = block.small + (slot * (4 * HEADS) + opaque(self.row) * 4)
         new, sums = [], []
         for r in range(ROWS):
-            top = _over_quad(tops[r], fmax)
+            top = over_quad(tops[r], fmax)
             old = state[r]
             new.append(select(top > old + LARGEST_WEIGHT, top - RAISED_WEIGHT, old))
             decay = exp2(old - new[r])
@@ -236,30 +234,15 @@ class _Softmax:
         block, writes = self.block, self.thread.column.equals(0)
         for r in range(ROWS):
             head = self.row + 8 * r
-            total = _over_quad(state[ROWS + r], lambda a, b: a + b)
-            top = _over_quad(state[2 * ROWS + r], fmax)
-            # The largest of numbers, of which some are none.
-            top = select(total.equals(total), top, total)
-            factor = finish_head(task, head, state[r], total, writes)
+            total = over_quad(state[ROWS + r], lambda a, b: a + b)
+            top = over_quad(state[2 * ROWS + r], fmax)
+            factor = finish_head(task, head, state[r], total, top, writes)
             place = block.small + head * 4
 
-            def store_factor(place: Value = place, factor: Value = factor) -> None:
+            def store(place: Value = place, factor: Value = factor) -> None:
                 store_shared(place, [factor], block.memory.factor)
 
-            def store_top(head: Value = head, top: Value = top) -> None:
-                row = task.result_row(task.first_head + head)
-                target = global_address(block.arrays["max_logits"]) + row * 4
-                store_global(target, [top * math.log(2.0)])
-
-            when(writes, store_factor)
-            when(writes & (task.first_head + head < block.shape.heads), store_top)
-
-
-def _over_quad(x: Value, join: Callable[[Value, Value], Value]) -> Value:
-    """The value of all four threads of a row."""
-    for mask in (1, 2):
-        x = join(x, shuffle_xor(x, mask))
-    return x
+            when(writes, store)
 
 
 def _row(i: int) -> int:

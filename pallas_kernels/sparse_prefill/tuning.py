@@ -1,9 +1,12 @@
 """How a block of sparse prefill works: what is known before the kernel is compiled."""
 
 import dataclasses
+import math
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.row_formats import COLUMNS, RANK
+from pallas_kernels.sparse_decode.tuning import SLOTS, choose, estimate
 
 HEADS = 64
 PARTS = RANK // COLUMNS  # tiles of 64 no-position columns; the next tile is the rotary one
@@ -52,3 +55,21 @@ class Tuning:
 
 
 TUNING = Tuning(keys=48, stages=3, held=2, registers=(136, 160, 56))
+
+# Microseconds on an H200: a stage of keys, and what a task takes besides.
+_STAGE = 1.4
+_TASK = 2.0
+_LAUNCH = 5.0
+
+
+def is_for_own_blocks(row_format: str, n: int, heads: int, topk: int) -> bool:
+    """Whether these blocks are estimated to be faster than those of the decode kernel.
+
+    They read bf16 rows, do not split a query's keys, and take as long for one head as for 64.
+    """
+    if row_format != "bf16":
+        return False
+    rounds = math.ceil(n * math.ceil(heads / HEADS) / SLOTS)
+    own = _LAUNCH + rounds * (_TASK + math.ceil(topk / TUNING.keys) * _STAGE)
+    choice = choose(FORMATS[row_format], n, heads, topk, None)
+    return own < estimate(n, heads, topk, choice)

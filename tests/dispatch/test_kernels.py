@@ -37,6 +37,38 @@ def test_the_plan_says_what_runs_its_decode(settings: dict[str, Any], reason: st
     assert said == reason if reason in (RUNS, NO_COPIES) else reason in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"layout": BF16}, RUNS),
+        ({"layout": BF16, "attn_sink": True}, RUNS),
+        ({"layout": BLOCK, "scale_format": "fp32"}, RUNS),
+        ({"layout": BLOCK, "attn_sink": True}, RUNS),
+        ({"layout": RAW, "prefill_backend": "flashmla_kv"}, RUNS),
+        ({"layout": RAW, "prefill_backend": "flashmla_sparse"}, RUNS),
+        ({"layout": FP4}, RUNS),
+        ({"layout": V4, "kv_lora_rank": 448}, RUNS),
+        (
+            {"layout": V4, "kv_lora_rank": 448, "attn_sink": True},
+            "runs on XLA: no device kernel serves flashmla_sparse prefill over FP8_V4",
+        ),
+        ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),
+        ({"layout": BF16, "prefill_backend": "flashmla"}, "serves flashmla prefill on sm_90"),
+        ({"layout": BF16, "platform": "cpu"}, "serves flashmla_sparse prefill on cpu"),
+    ],
+)
+def test_the_plan_says_what_runs_its_prefill(settings: dict[str, Any], reason: str) -> None:
+    said = plan_of(**settings).prefill.reasons[-1]
+    assert said == reason if reason == RUNS else reason in said
+
+
+def test_the_kernel_may_be_named_for_both_phases() -> None:
+    for layout, rank in ((BF16, 512), (BLOCK, 512), (RAW, 512), (FP4, 512), (V4, 448)):
+        plan = plan_of(layout=layout, kv_lora_rank=rank, implementation="mosaic_gpu")
+        assert plan.prefill.implementation == "mosaic_gpu"
+        assert plan.prefill.reasons[-1] == "runs on implementation='mosaic_gpu', as named"
+
+
 def unserved(**changes: Any) -> str:
     with pytest.raises(NotImplementedError) as error:
         resolve(config(implementation="mosaic_gpu", **changes))
@@ -44,9 +76,9 @@ def unserved(**changes: Any) -> str:
 
 
 def test_a_named_implementation_that_cannot_serve_is_not_implemented() -> None:
-    text = unserved()
-    assert "no kernel for flashmla_sparse prefill on 'sm_90'" in text
-    assert "fa3 decode" not in text
+    text = unserved(layout=V4, kv_lora_rank=448, prefill_backend="flashmla_sparse")
+    assert "has no kernel for flashmla_sparse prefill over FP8_V4" in text
+    assert "flashmla_kv decode" not in text
     assert "implementation=None, 'xla' or 'reference'" in text
     elsewhere = "no kernel for fa3 decode on 'cpu' (platforms with one: 'sm_90')"
     assert elsewhere in unserved(platform="cpu")

@@ -351,7 +351,6 @@ def test_every_unmet_requirement_is_told_at_once() -> None:
         "does not add attention sinks",
         "decode_backend='trtllm' does not serve hisparse",
         "hisparse.device_buffer_size=16",
-        "no kernel for any prefill",
     ):
         assert reason in text, reason
 
@@ -442,7 +441,6 @@ def test_the_explanation_tells_choices_reasons_and_bytes() -> None:
         "flashmla_auto stands for flashmla_kv",
         "re-packs the pages that the batch touches",
         "named by decode_backend='trtllm'",
-        "runs on XLA: no device kernel serves flashmla_kv prefill on sm_90 (Hopper)",
         "runs on the device kernel for sm_90 (Hopper)",
     ):
         assert part in " ".join(text.split()), part

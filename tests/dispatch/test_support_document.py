@@ -9,6 +9,7 @@ from jmla.backends import (
     access,
     backends_of,
     kernels_of,
+    kernels_over,
     serves,
     sizes_problem,
 )
@@ -59,8 +60,13 @@ def test_kernels_serve_what_reads_their_indices_and_layouts() -> None:
         (phase, name) for phase in PHASES for name in backends_of(phase) if kernels_of(name, phase)
     }
     names = ("flashmla_sparse", "flashmla_kv", "trtllm", "fa3")
-    assert served == {("decode", name) for name in names}
-    assert kernels_of("flashmla_sparse", "decode") == KERNELS
+    assert served == {(phase, name) for phase in PHASES for name in names}
+    decode, *prefill = KERNELS
+    assert kernels_of("flashmla_sparse", "decode") == (decode,)
+    assert kernels_of("flashmla_sparse", "prefill") == tuple(prefill)
+    assert kernels_of("flashmla_kv", "prefill") == tuple(prefill[:1])
+    assert kernels_over("flashmla_sparse", "prefill", KVLayout.FP4) == tuple(prefill[1:])
+    assert not kernels_over("flashmla_sparse", "prefill", KVLayout.FP8_V4)
 
 
 def test_refusals_and_the_document_use_the_same_names() -> None:

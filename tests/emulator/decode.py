@@ -127,9 +127,9 @@ def decode(
 
         call.choose = choose
     try:
-        out, lse = call.sparse_decode(
+        results = call.sparse_decode(
             np.asarray(q)[:, 0], lists, sm_scale=SCALE, attn_sink=attn_sink, num_splits=num_splits
         )
     finally:
         call.choose = chosen
-    return out[:, None], lse[:, None]
+    return results.out[:, None], results.lse[:, None]

@@ -19,17 +19,17 @@ def scores(block: Block) -> None:
     block.query_ready.wait(0, i32(0))
 
     def step(_: Value, *carry: Value) -> list[Value]:
-        sums, ring = list(carry[:-2]), Ring(block.tuning.stages, *carry[-2:])
+        state, ring = list(carry[:-2]), Ring(block.tuning.stages, *carry[-2:])
         pieces = block.pieces_from(ring)
         own = block.own_piece(pieces)
         block.full.wait(own.slot, own.phase)
         logits, operands = _logits(block, softmax, address, own.slot, opaque(query))
         block.scored.arrive_warp(own.slot, block.thread)
-        sums = softmax.weigh(logits, operands, own.slot, pieces[0].slot, sums)
-        return [*sums, *pieces[-1].next().values()]
+        state = softmax.weigh(logits, operands, own.slot, pieces[0].slot, state)
+        return [*state, *pieces[-1].next().values()]
 
-    sums = [f32(0.0)] * softmax.kept
-    carry = loop(first, last, [*sums, *Ring.start(block.tuning.stages).values()], step)
+    start = [*softmax.start(), *Ring.start(block.tuning.stages).values()]
+    carry = loop(first, last, start, step)
     # The values of the last block wait for a product that does not follow.
     end = block.pieces_from(Ring(block.tuning.stages, *carry[-2:]))
     block.scored.arrive_warp(block.own_piece(end).slot, block.thread)

@@ -1,5 +1,6 @@
 """The softmax over a block of keys, and over all of them."""
 
+import math
 from collections.abc import Callable
 
 from pallas_kernels.device import wgmma
@@ -13,6 +14,7 @@ from pallas_kernels.device.simt import (
     Value,
     branch,
     exp2,
+    f32,
     fma,
     fmax,
     i32,
@@ -55,7 +57,8 @@ class Softmax:
     Weights are powers of two of the difference to a reference, which every head raises only when
     it must: the maximum would cost a walk through the warpgroup for each block of keys.
 
-    A lane keeps the sums of `kept` columns over the rows of its warp.
+    A lane keeps the sums of `kept` columns over the rows of its warp and, if they are asked for,
+    the largest logits of all of its columns over its own rows.
     """
 
     def __init__(self, block: Block) -> None:
@@ -64,6 +67,11 @@ class Softmax:
         self.row = block.row_in_stage()
         self.kept = max(1, self.heads // 32)
         self.columns = self._kept_columns()
+
+    def start(self) -> list[Value]:
+        """The state before the first block of keys."""
+        largest = self.heads // 4 if self.block.shape.has_max_logits else 0
+        return [f32(0.0)] * self.kept + [f32(-math.inf)] * largest
 
     def columns_at(self, offset: int) -> list[Value]:
         """This thread's columns of a small array in the order of `head_place`."""
@@ -77,17 +85,28 @@ class Softmax:
         operands: Operands,
         own_slot: Value,
         block_slot: Value,
-        sums: list[Value],
+        state: list[Value],
     ) -> list[Value]:
-        """Stores the weights of a block of keys and adds them to the sums."""
-        block = self.block
+        """Stores the weights of a block of keys and adds them to the sums; the state then."""
+        block, sums, largest = self.block, state[: self.kept], state[self.kept :]
         if operands.weight is not None:
             # 2^e of a row whose weight is 2^-e; finite, too, where a mask made the weight 0.
             up = [(i32(254 << 23) - weight.as_i32()).as_f32() for weight in operands.weight]
             logits = [x * up[_row(i)] for i, x in enumerate(logits)]
+        plain = logits
         logits = [
             fma(x, operands.scale[_column(i)], operands.bias[_row(i)]) for i, x in enumerate(logits)
         ]
+        if largest:
+            if operands.weight is not None:
+                masks = [select(b.equals(-math.inf), b, f32(0.0)) for b in operands.bias]
+                plain = [
+                    fma(x, operands.scale[_column(i)], masks[_row(i)]) for i, x in enumerate(plain)
+                ]
+            else:
+                plain = logits
+            for i, x in enumerate(plain):
+                largest[_column(i)] = fmax(largest[_column(i)], x)
         tops: list[Value] = []
         for i, x in enumerate(logits):
             over = x - operands.reference[_column(i)]
@@ -124,7 +143,8 @@ class Softmax:
         )
         proxy_fence()
         block.weighted.arrive_warp(own_slot, self.thread)
-        return [x + t for x, t in zip(sums, self._over_rows(totals), strict=True)]
+        totals = self._over_rows(totals)
+        return [*(x + t for x, t in zip(sums, totals, strict=True)), *largest]
 
     def _raise_references(
         self, logits: list[Value], block_slot: Value, sums: list[Value]
@@ -132,12 +152,10 @@ class Softmax:
         """Raises the reference where a weight passes the largest; the sums and references then."""
         block, memory = self.block, self.block.memory
         partial = block.small + memory.partial + self.thread.warp * (4 * self.heads)
-        for i in range(0, len(logits), 4):
-            for e in range(2):
-                top = fmax(logits[i + e], logits[i + 2 + e])
-                for mask in (4, 8, 16):
-                    top = fmax(top, shuffle_xor(top, mask))
-                self._store_column(partial, i // 4, e, top)
+        pairs = range(0, len(logits), 4)
+        self._store_largest(
+            partial, [fmax(logits[i + e], logits[i + 2 + e]) for i in pairs for e in range(2)]
+        )
         named_barrier(BARRIER, WARPGROUP)
         decay = block.small + memory.decay + block_slot * (4 * self.heads)
 
@@ -158,23 +176,38 @@ class Softmax:
         ]
         return decayed + self.columns_at(memory.reference)
 
-    def finish(self, sums: list[Value]) -> None:
-        """Stores the LSE of every head, and the factor on its output."""
-        block = self.block
+    def finish(self, state: list[Value]) -> None:
+        """Stores the results of every head but its output, and the factor on that."""
+        block, head = self.block, self.thread.index
+        sums, largest = state[: self.kept], state[self.kept :]
         partial = block.small + block.memory.partial + self.thread.warp * (4 * self.heads)
         named_barrier(BARRIER, WARPGROUP)
+        top = None
+        if largest:
+            self._store_largest(partial, largest)
+            named_barrier(BARRIER, WARPGROUP)
+            # A thread without a head reads that of another.
+            top = self._joined(head & (self.heads - 1), fmax)
+            named_barrier(BARRIER, WARPGROUP)
         for x, column in zip(sums, self.columns, strict=True):
             store_shared(partial + column * 4, [x])
         named_barrier(BARRIER, WARPGROUP)
-        when(self.thread.index < self.heads, self._finish_head)
+        when(head < self.heads, lambda: self._finish_head(top))
 
-    def _finish_head(self) -> None:
+    def _finish_head(self, top: Value | None) -> None:
         block, head = self.block, self.thread.index
         total = self._joined(head, lambda a, b: a + b)
         place = block.small + head_place(head, self.heads)
         (reference,) = load_shared(place, "f", block.memory.reference)
-        factor = finish_head(block, head, reference, total, head < self.heads)
+        factor = finish_head(block, head, reference, total, top, head < self.heads)
         store_shared(block.small + head * 4, [factor], block.memory.out_factor)
+
+    def _store_largest(self, partial: Value, tops: list[Value]) -> None:
+        """Stores the largest of each column over the rows of this warp."""
+        for i, top in enumerate(tops):
+            for mask in (4, 8, 16):
+                top = fmax(top, shuffle_xor(top, mask))
+            self._store_column(partial, i // 2, i & 1, top)
 
     def _joined(self, head: Value, join: Callable[[Value, Value], Value]) -> Value:
         """A head's `partial` values of the four warps, joined."""

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import shared_address
 from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE, RowFormat
-from pallas_kernels.device.simt import WARPGROUP, Thread, Value, block_thread, ptx, scalar, select, when
+from pallas_kernels.device.simt import (
+    WARPGROUP,
+    Thread,
+    Value,
+    block_thread,
+    ptx,
+    scalar,
+    select,
+    when,
+)
 from pallas_kernels.device.sync import BYTES, Barriers
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, WIDE_HEADS, Shape

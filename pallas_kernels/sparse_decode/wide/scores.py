@@ -1,5 +1,7 @@
 """The warpgroup of the logits and their softmax."""
 
+import math
+
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import load_shared, store_shared
 from pallas_kernels.device.row_formats import TILE, pack_bf16, pack_f16
@@ -16,8 +18,8 @@ from pallas_kernels.device.simt import (
     i32,
     loop,
     opaque,
+    over_quad,
     select,
-    shuffle_xor,
     when,
 )
 from pallas_kernels.device.sync import Ring, named_barrier, proxy_fence
@@ -53,7 +55,7 @@ def scores(block: Block) -> None:
     held = _held_query(block)
 
     def step(_: Value, *carry: Value) -> list[Value]:
-        state, ring = list(carry[:4]), Ring(STAGES, *carry[4:])
+        state, ring = list(carry[:-2]), Ring(STAGES, *carry[-2:])
         block.full.wait(ring.slot, ring.phase)
         # The converted rows were written by ordinary stores.
         proxy_fence()
@@ -61,8 +63,10 @@ def scores(block: Block) -> None:
         return [*softmax.weigh(logits, ring, state), *ring.next().values()]
 
     state = [f32(NO_LOGIT)] * ROWS + [f32(0.0)] * ROWS
+    if block.shape.has_max_logits:
+        state += [f32(-math.inf)] * ROWS
     carry = loop(first, last, [*state, *Ring.start(STAGES).values()], step)
-    softmax.finish(list(carry[:4]))
+    softmax.finish(list(carry[:-2]))
     block.factor_ready.arrive_warp(0, block.thread)
 
 
@@ -107,7 +111,8 @@ class _Softmax:
     """The softmax over the keys of this block, for two heads of each thread.
 
     Weights are powers of two of the difference to a reference, which a head raises only when it
-    must. A thread's sums are over its own keys.
+    must. A thread's state is two references, the sums of its own keys' weights and, if they are
+    asked for, the largest of its own keys' logits.
     """
 
     def __init__(self, block: Block) -> None:
@@ -119,6 +124,7 @@ class _Softmax:
     def weigh(self, logits: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums."""
         block, row_format, slot = self.block, self.block.format, ring.slot
+        state, largest = state[: 2 * ROWS], state[2 * ROWS :]
         keys = block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
         for v in range(8):
             words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
@@ -128,9 +134,16 @@ class _Softmax:
                 # 2^e of a key whose weight is 2^-e; finite, too, where a mask made the weight 0.
                 up = [(i32(254 << 23) - (word & -65536)).as_f32() for word in words]
                 four = [x * up[i & 1] for i, x in enumerate(four)]
-            logits[4 * v : 4 * v + 4] = [
-                fma(x, self.scale[_row(i)], bias[i & 1]) for i, x in enumerate(four)
-            ]
+            weighed = [fma(x, self.scale[_row(i)], bias[i & 1]) for i, x in enumerate(four)]
+            logits[4 * v : 4 * v + 4] = weighed
+            if largest:
+                if row_format.block_scales:
+                    masks = [select(b.equals(-math.inf), b, f32(0.0)) for b in bias]
+                    weighed = [
+                        fma(x, self.scale[_row(i)], masks[i & 1]) for i, x in enumerate(four)
+                    ]
+                for i, x in enumerate(weighed):
+                    largest[_row(i)] = fmax(largest[_row(i)], x)
         tops = [self._top(logits, r) for r in range(ROWS)]
         over = [tops[r] > state[r] + LARGEST_WEIGHT for r in range(ROWS)]
         raised = any_lane(over[0] | over[1])
@@ -166,7 +179,7 @@ class _Softmax:
                 store_shared(place, [words[r]], wgmma.ATOM_BYTES * r)
         proxy_fence()
         block.weighted.arrive_warp(slot, self.thread)
-        return [*state[:ROWS], *sums]
+        return [*state[:ROWS], *sums, *largest]
 
     def _top(self, logits: list[Value], row: int) -> Value:
         """The largest of this thread's logits of one of its heads."""
@@ -184,9 +197,7 @@ class _Softmax:
         place = block.small + opaque(self.row) * 4
         new, sums = [], []
         for r in range(ROWS):
-            top = tops[r]
-            for mask in (1, 2):
-                top = fmax(top, shuffle_xor(top, mask))
+            top = over_quad(tops[r], fmax)
             old = state[r]
             new.append(select(top > old + LARGEST_WEIGHT, top - RAISED_WEIGHT, old))
             decay = exp2(old - new[r])
@@ -199,15 +210,14 @@ class _Softmax:
         return [*new, *sums]
 
     def finish(self, state: list[Value]) -> None:
-        """Stores the LSE of every head, and the factor on its output."""
+        """Stores the results of every head but its output, and the factor on that."""
         # In place of what other warps may be reading.
         named_barrier(BARRIER, WARPGROUP)
         for r in range(ROWS):
-            total = state[ROWS + r]
-            for mask in (1, 2):
-                total = total + shuffle_xor(total, mask)
+            total = over_quad(state[ROWS + r], lambda a, b: a + b)
+            top = over_quad(state[2 * ROWS + r], fmax) if self.block.shape.has_max_logits else None
             writes, head = self.thread.column.equals(0), self.row + 8 * r
-            factor = finish_head(self.block, head, state[r], total, writes)
+            factor = finish_head(self.block, head, state[r], total, top, writes)
             place = self.block.small + head * 4
 
             def store(place: Value = place, factor: Value = factor) -> None:
