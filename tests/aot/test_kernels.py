@@ -21,11 +21,12 @@ COMPILE = """
 import json, sys
 import jax
 import jax.numpy as jnp
-from jmla import KVLayout, sparse_decode
+from jmla import KVLayout, sparse_decode, sparse_prefill
 from jmla.layouts import from_bytes, to_bytes, zero_rows
 from tests.aot.h200 import bytes_of, on_h200
 
-layout, options, shapes = json.loads(sys.argv[1])
+op, layout, options, shapes = json.loads(sys.argv[1])
+op = {"sparse_decode": sparse_decode, "sparse_prefill": sparse_prefill}[op]
 in_place, paged = options.pop("in_place", False), {}
 if "page_size" in options:
     paged = {"page_size": options.pop("page_size")}
@@ -39,10 +40,11 @@ def cache():
 rows = jax.eval_shape(cache)
 temporary = []
 for b, heads in shapes:
-    q = jax.ShapeDtypeStruct((b, 1, heads, rows.width), jnp.bfloat16)
-    indices = jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32)
-    decode = jax.jit(lambda *a: sparse_decode(*a, sm_scale=0.1, implementation="mosaic_gpu"))
-    program = decode.lower(*on_h200((q, rows, indices))).compile()
+    each = (1,) if op is sparse_decode else ()
+    q = jax.ShapeDtypeStruct((b, *each, heads, rows.width), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((b, *each, 2048), jnp.int32)
+    call = jax.jit(lambda *a: op(*a, sm_scale=0.1, implementation="mosaic_gpu"))
+    program = call.lower(*on_h200((q, rows, indices))).compile()
     temporary.append(bytes_of(program)[0])
 print(json.dumps(temporary))
 """
@@ -50,13 +52,17 @@ FULL_BATCH = [(128, 16), (128, 32), (128, 64)]
 
 
 def compiled(
-    folder: Path, layout: KVLayout, options: dict[str, Any], shapes: list[tuple[int, int]]
+    folder: Path,
+    layout: KVLayout,
+    options: dict[str, Any],
+    shapes: list[tuple[int, int]],
+    op: str = "sparse_decode",
 ) -> tuple[list[int], list[str]]:
     """Temporary bytes of each program, and what ptxas said of each kernel."""
     sharding()  # skips where there is nothing to compile with
     dumps = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([layout.name, options, shapes])],
+        [sys.executable, "-c", COMPILE, json.dumps([op, layout.name, options, shapes])],
         env=os.environ | dumps,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -105,3 +111,22 @@ def test_a_small_batch_is_cut_into_parts_and_joined(tmp_path: Path, layout: KVLa
     a_part = batch * heads * 512 * 4
     assert said and 2 * a_part <= temporary <= 34 * a_part
     assert_good(said)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        # Blocks of prefill's own, then those of decode, in parts for a single token.
+        (KVLayout.BF16, [(4096, 128), (4096, 16), (1, 64)]),
+        (BLOCK, [(4096, 128), (4096, 16)]),
+        (KVLayout.FP8_NOPE_FP8_ROPE, [(4096, 64)]),
+        (KVLayout.FP4, [(4096, 64), (4096, 16)]),
+        (KVLayout.FP8_V4, [(4096, 64), (4096, 16)]),
+    ],
+)
+def test_prefill(tmp_path: Path, layout: KVLayout, shapes: list[tuple[int, int]]):
+    options = {"scale_format": "fp32"} if layout is BLOCK else {}
+    temporary, said = compiled(tmp_path, layout, options, shapes, op="sparse_prefill")
+    assert len(said) >= len(shapes)
+    assert_good(said)
+    assert max(temporary) < 34 * MIB, "neither the cache nor the queries may be copied"

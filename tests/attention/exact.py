@@ -140,6 +140,57 @@ def exact_decode(
     return out, lse
 
 
+def exact_tops(q: Any, rows: Rows, indices: Any, lengths: Any, *, sm_scale: float) -> np.ndarray:
+    """The largest logits [b, s_q, h] in f64; -inf for a token that attends to nothing.
+
+    Args:
+        q: bf16 [b, s_q, h, width].
+        rows: the cache.
+        indices: int32 [b, s_q, topk].
+        lengths: int32 [b] or None.
+        sm_scale: factor on the logits.
+    """
+    q, store = np.asarray(q).astype(np.float64), exact_latents(rows)
+    tops = np.full(q.shape[:3], -np.inf)
+    for i, j in np.ndindex(q.shape[:2]):
+        slots = np.asarray(indices)[i, j]
+        if lengths is not None:
+            slots = slots[: max(0, int(lengths[i]))]
+        slots = slots[(slots >= 0) & (slots < len(store))]
+        if slots.size:
+            tops[i, j] = (q[i, j] @ store[slots].T * float(np.float32(sm_scale))).max(-1)
+    return tops
+
+
+def exact_prefill(
+    q: Any,
+    rows: Rows,
+    indices: Any,
+    *,
+    sm_scale: float,
+    topk_length: Any = None,
+    attn_sink: Any = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """out [t, h, 512], max_logits and lse [t, h] of sparse prefill in f64."""
+    q, indices = np.asarray(q)[:, None], np.asarray(indices)[:, None]
+    caches = [(rows, indices, topk_length)]
+    out, lse = exact_decode(q, caches, sm_scale=sm_scale, attn_sink=attn_sink)
+    tops = exact_tops(q, rows, indices, topk_length, sm_scale=sm_scale)
+    return out[:, 0], tops[:, 0], lse[:, 0]
+
+
+def assert_exact_prefill(
+    ours: tuple[Any, Any, Any],
+    exact: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    lse_abs: float = 1e-5,
+    out_error: float = 2.7e-3,
+) -> None:
+    """`assert_exact` for prefill; the rounding of bf16 weights adds to that of the output."""
+    assert_exact((ours[0], ours[2]), (exact[0], exact[2]), lse_abs=lse_abs, out_error=out_error)
+    assert_close(ours[1], exact[1], abs_tol=lse_abs, rel_tol=8.01 / 65536)
+
+
 def assert_exact(
     ours: tuple[Any, Any],
     exact: tuple[np.ndarray, np.ndarray],

@@ -92,8 +92,9 @@ def decode(
     topk_length: Any = None,
     attn_sink: Any = None,
     extra: tuple[Rows, Any, Any] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """out [n, 1, h, 512] and lse [n, 1, h], for one query token of each request.
+    with_max_logits: bool = False,
+) -> tuple[np.ndarray, ...]:
+    """out [n, 1, h, 512], lse and perhaps max_logits [n, 1, h], for a token of each request.
 
     Args:
         q: bf16 [n, 1, h, width].
@@ -104,6 +105,7 @@ def decode(
         topk_length: int32 [n] or None.
         attn_sink: f32 [h] or None.
         extra: a second cache, its indices and lengths.
+        with_max_logits: whether the largest logits are returned, too.
     """
     modules = kernels().modules
     call = modules["sparse_decode.call"]
@@ -128,8 +130,13 @@ def decode(
         call.choose = choose
     try:
         results = call.sparse_decode(
-            np.asarray(q)[:, 0], lists, sm_scale=SCALE, attn_sink=attn_sink, num_splits=num_splits
+            np.asarray(q)[:, 0],
+            lists,
+            sm_scale=SCALE,
+            attn_sink=attn_sink,
+            num_splits=num_splits,
+            with_max_logits=with_max_logits,
         )
     finally:
         call.choose = chosen
-    return results.out[:, None], results.lse[:, None]
+    return tuple(each[:, None] for each in results if each is not None)

@@ -18,6 +18,7 @@ from tests.attention.exact import (
     Format,
     assert_exact,
     exact_decode,
+    exact_tops,
     poison_all,
     relative_error,
     rows_of,
@@ -128,6 +129,29 @@ def test_nan_in_a_named_row_reaches_its_results_alone(program: Program):
     out, lse = decode(queries(0, 2, program.heads - 1, rows), rows, indices, kind=program.kind)
     assert np.isnan(np.asarray(out[0], np.float32)).all() and np.isnan(lse[0]).all()
     assert np.isfinite(np.asarray(out[1], np.float32)).all() and np.isfinite(lse[1]).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(_PLAIN) & set(_FEW)))
+@pytest.mark.parametrize("splits", [1, 2])
+def test_largest_logits(name: str, splits: int):
+    """Of lists that end in different parts, or hold nothing."""
+    program = _FEW[name]
+    indices = random_indices(2, 3, 1, 150, slots=200).at[2].set(-1)
+    rows, lengths = poison_all(rows_of(program.form, 1, 200), indices), np.array([150, 40, 150])
+    q = queries(0, 3, 5, rows)
+    *ours, top = decode(
+        q,
+        rows,
+        indices,
+        kind=program.kind,
+        num_splits=splits,
+        topk_length=lengths,
+        with_max_logits=True,
+    )
+    assert_exact(tuple(ours), exact_decode(q, [(rows, indices, lengths)], sm_scale=SCALE))
+    wanted = exact_tops(q, rows, indices, lengths, sm_scale=SCALE)
+    tolerance = SINGLE_KEY_LSE if program.form is FP32 else 1e-5
+    assert_close(top, wanted, abs_tol=tolerance, rel_tol=8.01 / 65536)
 
 
 @one_of_each_kind
