@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.device.memory import shared_address
+from pallas_kernels.device.row_formats import TILE
 from pallas_kernels.device.simt import (
     WARPGROUP,
     Thread,
     Value,
     block_thread,
+    floor_divide,
     loop,
     maximum,
     ptx,
@@ -18,61 +20,66 @@ from pallas_kernels.device.simt import (
 from pallas_kernels.device.sync import BYTES, Barriers
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, SLOTS, Shape
-from pallas_kernels.sparse_prefill.tuning import HEAD_TILE, HEADS, PARTS, WARPS, Tuning
+from pallas_kernels.sparse_prefill.tuning import GROUPS, HEADS, STAGE_BYTES, WARPS
 
 
 class SmallMemory(NamedTuple):
-    """Byte offsets of the small arrays in shared memory.
+    """Byte offsets of the small arrays in shared memory. A stage is that of a group of scores.
 
     Attributes:
-        full: a stage's rows are there.
-        empty: they are no longer needed.
-        decided: whether they raise a head's reference is known.
-        weighted: a stage's weights P are there, in place of its rotary values.
+        decided: per stage, its references are known.
+        weighted: per stage, its weights P are there, in place of its rotary values.
+        empty: per stage, it is no longer needed.
         query_full: the query is there.
         query_empty: it is no longer needed.
+        partial_full: what the second group knows of the whole softmax is there.
+        partial_empty: it is no longer needed.
         result_full: the outputs' factors are there.
         result_empty: they are no longer needed.
         masked: per stage and copying warp, the set of its rows that are masked.
         raised: per stage and warp of heads, whether the stage raised the reference of any head.
         decay: per stage and head, the factor on earlier weights, valid if `raised`.
+        reference: per head, the logit whose weight is 1.
+        partial: the second group's references, sums and largest logits, per head.
         factor: per head, the factor on the output.
         size: bytes of all.
     """
 
-    full: int
-    empty: int
     decided: int
     weighted: int
+    empty: int
     query_full: int
     query_empty: int
+    partial_full: int
+    partial_empty: int
     result_full: int
     result_empty: int
     masked: int
     raised: int
     decay: int
+    reference: int
+    partial: int
     factor: int
     size: int
 
     @classmethod
-    def of(cls, stages: int) -> "SmallMemory":
+    def layout(cls) -> "SmallMemory":
         """Laid out one after the other."""
-        sizes = [BYTES * stages] * 4 + [BYTES] * 4
-        sizes += [4 * WARPS * stages] * 2 + [4 * HEADS * stages, 4 * HEADS]
+        sizes = [BYTES * GROUPS] * 3 + [2 * BYTES] * 6 + [4 * WARPS * GROUPS] * 2
+        sizes += [4 * HEADS * GROUPS, 4 * HEADS, 3 * 4 * HEADS, 4 * HEADS]
         offsets, end = [], 0
         for size in sizes:
             offsets.append(end)
-            end += -(-size // 16) * 16
+            end += size
         return cls._make([*offsets, end])
 
 
-def shared_bytes(tuning: Tuning) -> dict[str, int]:
+MEMORY = SmallMemory.layout()
+
+
+def shared_bytes() -> dict[str, int]:
     """The arrays in shared memory and their sizes."""
-    sizes = {
-        "query": (PARTS + 1 - tuning.held) * HEAD_TILE,
-        "tiles": tuning.stages * tuning.stage_bytes,
-        "small": SmallMemory.of(tuning.stages).size,
-    }
+    sizes = {"query": STAGE_BYTES, "tiles": GROUPS * STAGE_BYTES, "small": MEMORY.size}
     assert sum(-(-size // 1024) * 1024 for size in sizes.values()) <= SHARED_BYTES
     return sizes
 
@@ -92,7 +99,6 @@ class Block:
 
     def __init__(
         self,
-        tuning: Tuning,
         shape: Shape,
         shared: Mapping[str, Any],
         arrays: Mapping[str, Any],
@@ -101,46 +107,42 @@ class Block:
         """Emits the addresses.
 
         Args:
-            tuning: of the block.
             shape: of the launch.
             shared: references to the arrays of `shared_bytes`.
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        self.tuning, self.shape, self.arrays = tuning, shape, arrays
+        self.shape, self.arrays = shape, arrays
         self.number = scalar(number)
         self.thread = Thread.current()
-        self.memory = SmallMemory.of(tuning.stages)
         self.query, self.tiles, self.small = (
             shared_address(shared[name]) for name in ("query", "tiles", "small")
         )
 
-        def barriers(offset: int, count: int) -> Barriers:
+        def barriers(offset: int, count: int = 1) -> Barriers:
             return Barriers(self.small + offset, count)
 
-        memory, stages = self.memory, tuning.stages
-        self.full, self.empty = barriers(memory.full, stages), barriers(memory.empty, stages)
-        self.decided = barriers(memory.decided, stages)
-        self.weighted = barriers(memory.weighted, stages)
-        self.query_full, self.query_empty = (
-            barriers(memory.query_full, 1),
-            barriers(memory.query_empty, 1),
-        )
-        self.result_full, self.result_empty = (
-            barriers(memory.result_full, 1),
-            barriers(memory.result_empty, 1),
-        )
+        self.decided = barriers(MEMORY.decided, GROUPS)
+        self.weighted = barriers(MEMORY.weighted, GROUPS)
+        self.empty = barriers(MEMORY.empty, GROUPS)
+        self.query_full = barriers(MEMORY.query_full)
+        self.query_empty = barriers(MEMORY.query_empty)
+        self.partial_full = barriers(MEMORY.partial_full)
+        self.partial_empty = barriers(MEMORY.partial_empty)
+        self.result_full = barriers(MEMORY.result_full)
+        self.result_empty = barriers(MEMORY.result_empty)
 
     def initialise(self) -> None:
         """By one thread of the block; all must meet afterwards."""
 
         def once() -> None:
-            self.full.initialise(WARPS + WARPGROUP)
-            self.empty.initialise(2 * WARPS)
             self.decided.initialise(WARPS)
             self.weighted.initialise(WARPS)
-            self.query_full.initialise(WARPGROUP)
-            self.query_empty.initialise(WARPS)
+            self.empty.initialise(2 * WARPS)
+            self.query_full.initialise(GROUPS * WARPGROUP)
+            self.query_empty.initialise(GROUPS * WARPS)
+            self.partial_full.initialise(WARPS)
+            self.partial_empty.initialise(WARPS)
             self.result_full.initialise(WARPS)
             self.result_empty.initialise(2 * WARPS)
 
@@ -161,15 +163,15 @@ class Block:
         """A query and the first of its 64 heads."""
         return Task(self.shape, HEADS, self.arrays, index)
 
-    def stages_of(self, task: Task) -> Value:
-        """How many stages the keys of a task fill."""
-        keys = self.tuning.keys
-        return (maximum(task.length(), 0) + (keys - 1)) // keys
-
-    def tile(self, slot: Value) -> Value:
+    def tile(self, stage: Value | int) -> Value:
         """The address of a stage's rows."""
-        return self.tiles + slot * self.tuning.stage_bytes
+        return self.tiles + stage * STAGE_BYTES
 
     def head_row(self) -> Value:
         """The upper of the two heads that this thread has of a product."""
         return self.thread.warp * 16 + self.thread.quad
+
+
+def key_blocks(length: Value) -> Value:
+    """How many blocks of keys a list of that length fills."""
+    return floor_divide(maximum(length, 0) + (TILE - 1), TILE)

@@ -11,24 +11,27 @@ from pallas_kernels.sparse_decode.call import KeyList, sparse_decode
 from pallas_kernels.sparse_decode.program import Program, launch
 from pallas_kernels.sparse_decode.tuning import Shape
 from pallas_kernels.sparse_prefill.block import Block, blocks_of, shared_bytes
-from pallas_kernels.sparse_prefill.gather import gather
 from pallas_kernels.sparse_prefill.scores import scores
-from pallas_kernels.sparse_prefill.tuning import HEADS, TUNING, Tuning, is_for_own_blocks
+from pallas_kernels.sparse_prefill.tuning import (
+    HEADS,
+    SCORES_REGISTERS,
+    VALUES_REGISTERS,
+    is_for_own_blocks,
+)
 from pallas_kernels.sparse_prefill.values import values
 
 
-def program(tuning: Tuning) -> Program:
+def _program() -> Program:
     """Blocks of 64 heads that take one task after another."""
-    for_scores, for_values, for_gather = tuning.registers
     return Program(
         HEADS,
-        shared_bytes(tuning),
-        functools.partial(Block, tuning),
+        shared_bytes(),
+        Block,
         [
-            (for_scores, scores),
-            (for_values, functools.partial(values, half=0)),
-            (for_values, functools.partial(values, half=1)),
-            (for_gather, gather),
+            (SCORES_REGISTERS, functools.partial(scores, group=0)),
+            (SCORES_REGISTERS, functools.partial(scores, group=1)),
+            (VALUES_REGISTERS, functools.partial(values, half=0)),
+            (VALUES_REGISTERS, functools.partial(values, half=1)),
         ],
     )
 
@@ -79,7 +82,7 @@ def sparse_prefill(
     if attn_sink is not None:
         operands["sink"] = attn_sink
     results = launch(
-        program(TUNING),
+        _program(),
         shape,
         operands,
         {

@@ -1,63 +1,24 @@
-"""How a block of sparse prefill works: what is known before the kernel is compiled."""
+"""What a block of sparse prefill is made of, and when its blocks are the faster ones."""
 
-import dataclasses
 import math
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.formats import FORMATS
-from pallas_kernels.device.row_formats import COLUMNS, RANK
+from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE
 from pallas_kernels.sparse_decode.tuning import SLOTS, choose, estimate
 
 HEADS = 64
-PARTS = RANK // COLUMNS  # tiles of 64 no-position columns; the next tile is the rotary one
+GROUPS = 2  # warpgroups of scores, each with a stage of its own
 WARPS = 4  # of a warpgroup
-HEAD_TILE = HEADS * wgmma.ROW_BYTES  # bytes of 64 columns of the query
+PARTS = RANK // COLUMNS  # tiles of 64 no-position columns; the next tile is the rotary one
+COLUMN_TILE = TILE * wgmma.ROW_BYTES  # bytes of 64 columns of 64 rows, keys or heads
+ROPE_TILE = PARTS * COLUMN_TILE
+STAGE_BYTES = (PARTS + 1) * COLUMN_TILE
+# Fewer for values, and the compiler runs their products one at a time.
+SCORES_REGISTERS, VALUES_REGISTERS = 96, 160
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """The sizes of a block.
-
-    Attributes:
-        keys: of a stage, a multiple of 16.
-        stages: of keys in shared memory.
-        held: tiles of 64 columns of the query that stay in registers, for want of shared memory.
-        registers: per thread of the warpgroups scores, values (each of two) and gather.
-        ahead: Q K^T of the next keys is issued before the softmax of these.
-    """
-
-    keys: int
-    stages: int
-    held: int
-    registers: tuple[int, int, int]
-    ahead: bool = True
-    fence: bool = True
-
-    @property
-    def rows_of_warp(self) -> int:
-        """Rows of a stage that one warp copies."""
-        return self.keys // WARPS
-
-    @property
-    def column_tile(self) -> int:
-        """Bytes of 64 columns of a stage."""
-        return self.keys * wgmma.ROW_BYTES
-
-    @property
-    def rope_tile(self) -> int:
-        """Where the rotary values of a stage begin, and later the weights P."""
-        return PARTS * self.column_tile
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of a stage."""
-        return (PARTS + 1) * self.column_tile
-
-
-TUNING = Tuning(keys=48, stages=3, held=2, registers=(136, 160, 56))
-
-# Microseconds on an H200: a stage of keys, and what a task takes besides.
-_STAGE = 1.4
+# Microseconds on an H200: a block of keys, and what a task and a launch take besides.
+_KEY_BLOCK = 1.85
 _TASK = 2.0
 _LAUNCH = 5.0
 
@@ -70,6 +31,6 @@ def is_for_own_blocks(row_format: str, n: int, heads: int, topk: int) -> bool:
     if row_format != "bf16":
         return False
     rounds = math.ceil(n * math.ceil(heads / HEADS) / SLOTS)
-    own = _LAUNCH + rounds * (_TASK + math.ceil(topk / TUNING.keys) * _STAGE)
+    own = _LAUNCH + rounds * (_TASK + math.ceil(topk / TILE) * _KEY_BLOCK)
     choice = choose(FORMATS[row_format], n, heads, topk, None)
     return own < estimate(n, heads, topk, choice)

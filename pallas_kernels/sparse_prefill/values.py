@@ -2,12 +2,12 @@
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_shared, store_global
-from pallas_kernels.device.row_formats import RANK, pack_bf16
-from pallas_kernels.device.simt import Value, branch, f32, loop, select, shuffle_xor, when
-from pallas_kernels.device.sync import Ring, proxy_fence
+from pallas_kernels.device.row_formats import RANK, TILE, pack_bf16
+from pallas_kernels.device.simt import Value, branch, f32, i32, loop, select, shuffle_xor, when
+from pallas_kernels.device.sync import Ring
 from pallas_kernels.sparse_decode.task import Task
-from pallas_kernels.sparse_prefill.block import Block
-from pallas_kernels.sparse_prefill.tuning import HEADS, WARPS
+from pallas_kernels.sparse_prefill.block import MEMORY, Block, key_blocks
+from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, HEADS, ROPE_TILE, WARPS
 
 PRODUCTS = 2  # of 128 columns: one of 256 would take more registers than a launch begins with
 SIZE = 64  # floats of a thread in one of them
@@ -16,45 +16,43 @@ ROWS = 2  # heads of a thread
 
 def values(block: Block, half: int) -> None:
     """O = P V for columns 256 half to 256 half + 255, of one task after another."""
-    stages = block.tuning.stages
 
     def one(index: Value, carry: list[Value]) -> list[Value]:
-        task, turn = block.task(index), Ring(1, *carry[2:])
+        task, turn = block.task(index), Ring(1, *carry[1:])
 
-        def step(_: Value, *carry: Value) -> list[Value]:
-            acc, ring = list(carry[:-2]), Ring(stages, *carry[-2:])
-            block.decided.wait(ring.slot, ring.phase)
-            acc = _decayed(block, acc, ring.slot)
-            if block.tuning.fence:
-                block.full.wait(ring.slot, ring.phase)
-                proxy_fence()
-            block.weighted.wait(ring.slot, ring.phase)
-            acc = _add(block, half, acc, ring.slot)
-            block.empty.arrive_warp(ring.slot, block.thread)
-            return [*acc, *ring.next().values()]
+        def step(number: Value, *carry: Value) -> list[Value]:
+            acc, phases, stage = list(carry[:-1]), carry[-1], number & 1
+            phase = (phases >> stage) & 1
+            block.decided.wait(stage, phase)
+            acc = _decayed(block, acc, stage)
+            block.weighted.wait(stage, phase)
+            acc = _add(block, half, acc, stage)
+            block.empty.arrive_warp(stage, block.thread)
+            return [*acc, phases ^ (i32(1) << stage)]
 
         zeros = [f32(0.0)] * (PRODUCTS * SIZE)
-        carry = loop(0, block.stages_of(task), [*zeros, *carry[:2]], step)
+        *acc, phases = loop(0, key_blocks(task.length()), [*zeros, carry[0]], step)
         block.result_full.wait(0, turn.phase)
         place = block.small + block.head_row() * 4
-        factors = [load_shared(place, "f", block.memory.factor + 32 * r)[0] for r in range(ROWS)]
+        factors = [load_shared(place, "f", MEMORY.factor + 32 * r)[0] for r in range(ROWS)]
         block.result_empty.arrive_warp(0, block.thread)
-        _store(block, task, half, [x * factors[_row(i)] for i, x in enumerate(carry[:-2])])
-        return [*carry[-2:], *turn.next().values()]
+        _store(block, task, half, [x * factors[_row(i)] for i, x in enumerate(acc)])
+        return [phases, *turn.next().values()]
 
-    block.for_each_task([*Ring.start(stages).values(), *Ring.start(1).values()], one)
+    # A bit for each stage, flipped whenever it has been used.
+    block.for_each_task([i32(0), *Ring.start(1).values()], one)
 
 
-def _add(block: Block, half: int, acc: list[Value], slot: Value) -> list[Value]:
+def _add(block: Block, half: int, acc: list[Value], stage: Value) -> list[Value]:
     """The accumulator with the keys of a stage."""
-    tuning, tile = block.tuning, block.tile(slot)
-    a = wgmma.plain_descriptor(tile + tuning.rope_tile)
-    b = wgmma.descriptor(tile + half * (4 * tuning.column_tile), tuning.column_tile)
+    tile = block.tile(stage)
+    a = wgmma.plain_descriptor(tile + ROPE_TILE)
+    b = wgmma.descriptor(tile + half * (4 * COLUMN_TILE), COLUMN_TILE)
     acc = wgmma.begin(acc)
-    for step in range(tuning.keys // 16):
+    for step in range(TILE // 16):
         for product in range(PRODUCTS):
             part = slice(product * SIZE, (product + 1) * SIZE)
-            columns = (product * 2 * tuning.column_tile + step * 2 * wgmma.ATOM_BYTES) >> 4
+            columns = (product * 2 * COLUMN_TILE + step * 2 * wgmma.ATOM_BYTES) >> 4
             acc[part] = wgmma.step_from_shared(
                 acc[part],
                 a + ((step * 2 * wgmma.PLAIN_COLUMN_BYTES) >> 4),
@@ -66,14 +64,14 @@ def _add(block: Block, half: int, acc: list[Value], slot: Value) -> list[Value]:
     return wgmma.wait(0, acc)
 
 
-def _decayed(block: Block, acc: list[Value], slot: Value) -> list[Value]:
+def _decayed(block: Block, acc: list[Value], stage: Value) -> list[Value]:
     """The accumulator relative to the references that this stage has raised."""
-    flag = block.small + (slot * WARPS + block.thread.warp) * 4
-    (raised,) = load_shared(flag, "r", block.memory.raised)
+    flag = block.small + (stage * WARPS + block.thread.warp) * 4
+    (raised,) = load_shared(flag, "r", MEMORY.raised)
 
     def decay() -> list[Value]:
-        place = block.small + slot * (4 * HEADS) + block.head_row() * 4
-        factors = [load_shared(place, "f", block.memory.decay + 32 * r)[0] for r in range(ROWS)]
+        place = block.small + stage * (4 * HEADS) + block.head_row() * 4
+        factors = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
         return [x * factors[_row(i)] for i, x in enumerate(acc)]
 
     return branch(raised.equals(1), acc, decay)

@@ -31,7 +31,7 @@ def blocks_that_run_at_once(count: int) -> Iterator[None]:
     """Within, a launch has so many blocks at most, and every list goes to the kernel's own."""
     modules = kernels().modules
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("block", "gather"):
+        for name in ("block", "scores"):
             patch.setattr(modules[f"sparse_prefill.{name}"], "SLOTS", count)
         patch.setattr(modules["sparse_prefill.call"], "is_for_own_blocks", lambda *_: True)
         yield
