@@ -93,7 +93,7 @@ def decode(
     attn_sink: Any = None,
     extra: tuple[Rows, Any, Any] | None = None,
     with_max_logits: bool = False,
-) -> tuple[np.ndarray, ...]:
+) -> Any:
     """out [n, 1, h, 512], lse and perhaps max_logits [n, 1, h], for a token of each request.
 
     Args:

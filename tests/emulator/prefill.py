@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jmla.layouts import BF16Rows
+from jmla.layouts import BF16Rows, Rows
 from tests.attention.cases import SCALE
 from tests.emulator.kernels import kernels
 
 
 def prefill(
-    q: Any, rows: BF16Rows, indices: Any, *, topk_length: Any = None, attn_sink: Any = None
+    q: Any, rows: Rows, indices: Any, *, topk_length: Any = None, attn_sink: Any = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """out [n, h, 512], max_logits and lse [n, h] of the kernel's own blocks."""
     call = kernels().modules["sparse_prefill.call"]
+    assert isinstance(rows, BF16Rows)
     keys = call.KeyList(
         format="bf16",
         arrays={"latents": np.asarray(rows.flat().latents)},
