@@ -122,7 +122,8 @@ class Softmax:
         ]
         for i, x in enumerate(p):
             totals[_row(i)] = totals[_row(i)] + x
-        return State(*reference, *totals, fmax(state.top, tops[0]), fmax(state.top_1, tops[1]))
+        largest = [fmax(state.top, tops[0]), fmax(state.top_1, tops[1])]
+        return State._make([*reference, *totals, *largest])
 
     def _masked(self, logits: list[Value]) -> list[Value]:
         """The logits, -inf where a key is masked."""

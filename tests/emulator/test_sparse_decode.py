@@ -131,14 +131,14 @@ def test_nan_in_a_named_row_reaches_its_results_alone(program: Program):
     assert np.isfinite(np.asarray(out[1], np.float32)).all() and np.isfinite(lse[1]).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(_PLAIN) & set(_FEW)))
+@pytest.mark.parametrize("name", sorted({"fp4 64", "v4 64"} | set(_PLAIN) & set(_FEW)))
 @pytest.mark.parametrize("splits", [1, 2])
 def test_largest_logits(name: str, splits: int):
     """Of lists that end in different parts, or hold nothing."""
-    program = _FEW[name]
+    program = PROGRAMS[name]
     indices = random_indices(2, 3, 1, 150, slots=200).at[2].set(-1)
     rows, lengths = poison_all(rows_of(program.form, 1, 200), indices), np.array([150, 40, 150])
-    q = queries(0, 3, 5, rows)
+    q = queries(0, 3, program.heads, rows)
     *ours, top = decode(
         q,
         rows,

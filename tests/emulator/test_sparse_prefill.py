@@ -50,7 +50,7 @@ def test_lengths_and_sinks():
     used = np.where(np.arange(200) < np.array(lengths)[:, None], np.asarray(indices), -1)
     rows, q = poison_all(rows_of(BF16, 1, 300), used), queries(0, n, 5)
     sink = np.array([0.5, np.inf, -np.inf, 9.0, -3.0], np.float32)
-    options = {"topk_length": np.array(lengths, np.int32), "attn_sink": sink}
+    options: dict[str, Any] = {"topk_length": np.array(lengths, np.int32), "attn_sink": sink}
     ours, exact = prefill(q, rows, indices, **options), exact_prefill(q, rows, indices, **options)
     assert_exact_prefill(ours, exact)
     assert not np.asarray(ours[0], np.float32)[:, 1].any()

@@ -27,6 +27,7 @@ from pallas_kernels.sparse_decode.heads import LARGEST_WEIGHT, RAISED_WEIGHT, fi
 from pallas_kernels.sparse_decode.narrow.block import Block, head_place
 
 BARRIER = 8
+MOST_LARGEST = 8  # that a thread has registers for
 
 
 class Operands:
@@ -58,7 +59,8 @@ class Softmax:
     it must: the maximum would cost a walk through the warpgroup for each block of keys.
 
     A lane keeps the sums of `kept` columns over the rows of its warp and, if they are asked for,
-    the largest logits of all of its columns over its own rows.
+    the largest logits of its columns over its own rows. Of 64 columns each half of the warp keeps
+    the largest of one half.
     """
 
     def __init__(self, block: Block) -> None:
@@ -70,7 +72,8 @@ class Softmax:
 
     def start(self) -> list[Value]:
         """The state before the first block of keys."""
-        largest = self.heads // 4 if self.block.shape.has_max_logits else 0
+        asked = self.block.shape.has_max_logits
+        largest = min(self.heads // 4, MOST_LARGEST) if asked else 0
         return [f32(0.0)] * self.kept + [f32(-math.inf)] * largest
 
     def columns_at(self, offset: int) -> list[Value]:
@@ -105,8 +108,10 @@ class Softmax:
                 ]
             else:
                 plain = logits
-            for i, x in enumerate(plain):
-                largest[_column(i)] = fmax(largest[_column(i)], x)
+            tops_now = _over_own_rows(plain)
+            if len(tops_now) > len(largest):
+                tops_now = self._halved(tops_now, 16, fmax)
+            largest = [fmax(a, b) for a, b in zip(largest, tops_now, strict=True)]
         tops: list[Value] = []
         for i, x in enumerate(logits):
             over = x - operands.reference[_column(i)]
@@ -152,10 +157,7 @@ class Softmax:
         """Raises the reference where a weight passes the largest; the sums and references then."""
         block, memory = self.block, self.block.memory
         partial = block.small + memory.partial + self.thread.warp * (4 * self.heads)
-        pairs = range(0, len(logits), 4)
-        self._store_largest(
-            partial, [fmax(logits[i + e], logits[i + 2 + e]) for i in pairs for e in range(2)]
-        )
+        self._store_largest(partial, _over_own_rows(logits))
         named_barrier(BARRIER, WARPGROUP)
         decay = block.small + memory.decay + block_slot * (4 * self.heads)
 
@@ -204,10 +206,20 @@ class Softmax:
 
     def _store_largest(self, partial: Value, tops: list[Value]) -> None:
         """Stores the largest of each column over the rows of this warp."""
+        masks, lane = [4, 8, 16], self.thread.lane
+        if len(tops) < self.heads // 4:  # of this half of the warp alone
+            partial = partial + (lane >> 4) * (2 * self.heads)
+            masks.pop()
+        writes = (lane & sum(masks)).equals(0)
+        place = partial + self.thread.column * 8
         for i, top in enumerate(tops):
-            for mask in (4, 8, 16):
+            for mask in masks:
                 top = fmax(top, shuffle_xor(top, mask))
-            self._store_column(partial, i // 2, i & 1, top)
+
+            def store(i: int = i, top: Value = top) -> None:
+                store_shared(place, [top], 32 * (i // 2) + 4 * (i & 1))
+
+            when(writes, store)
 
     def _joined(self, head: Value, join: Callable[[Value, Value], Value]) -> Value:
         """A head's `partial` values of the four warps, joined."""
@@ -216,24 +228,24 @@ class Softmax:
         values = [load_shared(place, "f", offset + 4 * self.heads * w)[0] for w in range(4)]
         return join(join(join(values[0], values[1]), values[2]), values[3])
 
-    def _store_column(self, place: Value, v: int, e: int, value: Value) -> None:
-        when(
-            self.thread.lane < 4,
-            lambda: store_shared(place + self.thread.column * 8, [value], 32 * v + 4 * e),
-        )
-
     def _over_rows(self, x: list[Value]) -> list[Value]:
         """The sums of this thread's columns over the warp's rows: each lane keeps some columns."""
         for mask in (16, 8, 4):
             if len(x) == 1:
                 x = [x[0] + shuffle_xor(x[0], mask)]
                 continue
-            half = len(x) // 2
-            upper = (self.thread.lane & mask).equals(mask)
-            keep = [select(upper, b, a) for a, b in zip(x[:half], x[half:], strict=True)]
-            give = [select(upper, a, b) for a, b in zip(x[:half], x[half:], strict=True)]
-            x = [a + shuffle_xor(b, mask) for a, b in zip(keep, give, strict=True)]
+            x = self._halved(x, mask, lambda a, b: a + b)
         return x
+
+    def _halved(
+        self, x: list[Value], mask: int, join: Callable[[Value, Value], Value]
+    ) -> list[Value]:
+        """Joined with the lane across the mask: the lower keeps the first half."""
+        half = len(x) // 2
+        upper = (self.thread.lane & mask).equals(mask)
+        keep = [select(upper, b, a) for a, b in zip(x[:half], x[half:], strict=True)]
+        give = [select(upper, a, b) for a, b in zip(x[:half], x[half:], strict=True)]
+        return [join(a, shuffle_xor(b, mask)) for a, b in zip(keep, give, strict=True)]
 
     def _kept_columns(self) -> list[Value]:
         """The columns that `_over_rows` leaves to this lane."""
@@ -244,6 +256,12 @@ class Softmax:
                 first = first + select((self.thread.lane & mask).equals(mask), i32(span), i32(0))
         column = ((first >> 1) << 3) + (self.thread.column << 1) + (first & 1)
         return [column + k for k in range(self.kept)]
+
+
+def _over_own_rows(logits: list[Value]) -> list[Value]:
+    """The largest of each of this thread's columns over its two rows."""
+    pairs = range(0, len(logits), 4)
+    return [fmax(logits[i + e], logits[i + 2 + e]) for i in pairs for e in range(2)]
 
 
 def _row(i: int) -> int:
