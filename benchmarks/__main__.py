@@ -2,6 +2,7 @@
 
 python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
+python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64
 python -m benchmarks select_topk
 python -m benchmarks cache --ops append,requantize
 """
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cache, peers, records, select_topk, sparse_decode
+from benchmarks import peers, records, select_topk, sparse_decode, sparse_prefill
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
@@ -35,6 +37,7 @@ SIZES = sparse_decode.Sizes()
 Start = Callable[..., Iterator[Any]]
 
 CASES = {case.name: case for case in sparse_decode.CASES}
+PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
 CACHE_OPS = {case.op: case.op for case in cache.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
@@ -63,6 +66,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
     _add_common(op, "FlashMLA over these; needs PyTorch and sgl-flash-mla")
+    op = ops.add_parser("sparse_prefill", help=sparse_prefill.__doc__)
+    op.add_argument("--cases", default=",".join(PREFILL_CASES), help="names (default: %(default)s)")
+    op.add_argument(
+        "--layouts",
+        default="bf16",
+        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
+    )
+    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
     op = ops.add_parser("select_topk", help=select_topk.__doc__)
     op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
@@ -125,6 +137,21 @@ def _sparse_decode(options: argparse.Namespace) -> Start:
     return start
 
 
+def _sparse_prefill(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, PREFILL_CASES, "--cases")
+    layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
+    if options.peer and "bf16" in layouts:
+        peers.check()
+
+    def start(timer, ceilings, environment, failed):
+        bench = sparse_prefill.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, layouts, failed=failed)
+
+    return start
+
+
 def _select_topk(options: argparse.Namespace) -> Start:
     cases = chosen(options.cases, TOPK_CASES, "--cases")
     if options.peer:
@@ -153,11 +180,13 @@ def _cache(options: argparse.Namespace) -> Start:
 
 _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
+    "sparse_prefill": _sparse_prefill,
     "select_topk": _select_topk,
     "cache": _cache,
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
+    "sparse_prefill": records.table,
     "select_topk": select_topk.table,
     "cache": cache.table,
 }

@@ -1,4 +1,4 @@
-"""FlashMLA's sparse decode over the same cache bytes, queries and indices as ours."""
+"""FlashMLA's sparse decode and prefill over the same cache, queries and indices as ours."""
 
 import dataclasses
 from typing import Any
@@ -100,6 +100,59 @@ class FlashMLA:
         """f32 out [b, s_q, h, 512] and lse [b, s_q, h] of what a call returned."""
         out, lse = (part.float().cpu().numpy() for part in returned)
         return out[:, :, :heads], np.swapaxes(lse, 1, 2)[:, :, :heads]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashMLAPrefill:
+    """Its sparse prefill over rows of bf16.
+
+    Attributes:
+        torch: the module.
+        flash_mla: the module.
+        rows: bf16 [slots, 1, 576], the memory of the JAX array it was made of.
+        sm_scale: factor on the logits.
+    """
+
+    torch: Any
+    flash_mla: Any
+    rows: Any
+    sm_scale: float
+
+    name = "flashmla"
+
+    @classmethod
+    def over(cls, latents: BFloat16[Array, "slots width"], *, sm_scale: float) -> "FlashMLAPrefill":
+        """The peer over a cache.
+
+        Raises:
+            ModuleNotFoundError: PyTorch or FlashMLA is not installed.
+        """
+        torch = required("torch", install=_INSTALL)
+        flash_mla = required("flash_mla", install=_INSTALL)
+        rows = torch.from_dlpack(jax.block_until_ready(latents))
+        return cls(torch, flash_mla, rows.unsqueeze(1), sm_scale)
+
+    def call(self, q: BFloat16[Array, "n h width"], indices: Int[Array, "n topk"]) -> Call:
+        """A call on these inputs; padding and conversion happen here and not in it."""
+        padded = jnp.pad(q, ((0, 0), (0, padded_heads(q.shape[1]) - q.shape[1]), (0, 0)))
+        padded, indices = jax.block_until_ready((padded, indices))
+        queries, slots = self.torch.from_dlpack(padded), self.torch.from_dlpack(indices)
+
+        def run() -> tuple[Any, Any, Any]:
+            return self.flash_mla.flash_mla_sparse_fwd(
+                queries, self.rows, slots.unsqueeze(1), self.sm_scale, use_legacy=True
+            )
+
+        return run
+
+    def wait(self, _: object) -> None:
+        """Until all its work is done."""
+        self.torch.cuda.synchronize()
+
+    def results(self, returned: Any, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        """f32 out [n, h, 512] and lse [n, h] of what a call returned: out, max_logits, lse."""
+        out, _, lse = (part.float().cpu().numpy() for part in returned)
+        return out[:, :heads], lse[:, :heads]
 
 
 def padded_heads(heads: int) -> int:

@@ -148,12 +148,10 @@ def choose(row_format: RowFormat, n: int, heads: int, topk: int, num_splits: int
     else:
         kinds = [(True, WIDE_HEADS)]
     choices = [Choice(*kind, splits) for splits in parts for kind in kinds]
-    return min(choices, key=lambda choice: estimate(n, heads, topk, choice))
+    return min(choices, key=lambda choice: _estimate(n, heads, blocks, choice))
 
 
-def estimate(n: int, heads: int, topk: int, choice: Choice) -> float:
-    """The microseconds that a choice is expected to take on an H200."""
-    blocks = math.ceil(topk / TILE)
+def _estimate(n: int, heads: int, blocks: int, choice: Choice) -> float:
     waves = math.ceil(n * math.ceil(heads / choice.heads) * choice.splits / SLOTS)
     key_block = _WIDE_KEY_BLOCK if choice.wide else _NARROW_KEY_BLOCK[choice.heads]
     time = waves * (_LAUNCH + math.ceil(blocks / choice.splits) * key_block)

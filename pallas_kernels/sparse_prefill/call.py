@@ -56,7 +56,7 @@ def sparse_prefill(
         sink.
     """
     n, heads, _ = q.shape
-    if not is_for_own_blocks(keys.format, n, heads, keys.indices.shape[1]):
+    if not is_for_own_blocks(keys.format, n, heads):
         done = sparse_decode(
             q, [keys], sm_scale=sm_scale, attn_sink=attn_sink, num_splits=None, with_max_logits=True
         )

@@ -3,9 +3,8 @@
 import math
 
 from pallas_kernels.device import wgmma
-from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE
-from pallas_kernels.sparse_decode.tuning import SLOTS, choose, estimate
+from pallas_kernels.sparse_decode.tuning import SLOTS
 
 HEADS = 64
 GROUPS = 2  # warpgroups of scores, each with a stage of its own
@@ -17,20 +16,11 @@ STAGE_BYTES = (PARTS + 1) * COLUMN_TILE
 # Fewer for values, and the compiler runs their products one at a time.
 SCORES_REGISTERS, VALUES_REGISTERS = 96, 160
 
-# Microseconds on an H200: a block of keys, and what a task and a launch take besides.
-_KEY_BLOCK = 1.85
-_TASK = 2.0
-_LAUNCH = 5.0
 
+def is_for_own_blocks(row_format: str, n: int, heads: int) -> bool:
+    """Whether these blocks are faster than those of the decode kernel, from runs on an H200.
 
-def is_for_own_blocks(row_format: str, n: int, heads: int, topk: int) -> bool:
-    """Whether these blocks are estimated to be faster than those of the decode kernel.
-
-    They read bf16 rows, do not split a query's keys, and take as long for one head as for 64.
+    They read bf16 rows, whatever the number of heads. A query's keys are not split among them: of
+    fewer tasks than this the decode kernel makes more.
     """
-    if row_format != "bf16":
-        return False
-    rounds = math.ceil(n * math.ceil(heads / HEADS) / SLOTS)
-    own = _LAUNCH + rounds * (_TASK + math.ceil(topk / TILE) * _KEY_BLOCK)
-    choice = choose(FORMATS[row_format], n, heads, topk, None)
-    return own < estimate(n, heads, topk, choice)
+    return row_format == "bf16" and 2 * n * math.ceil(heads / HEADS) > SLOTS
