@@ -21,11 +21,11 @@ What all of them share:
 - `"xla"` runs everywhere, in bounded memory: at most 32768 gathered keys are alive at a time
   (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch around
   it nor on the number of heads, but for the last bit of lse on a GPU.
-- `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0), of sparse decode alone: of one or
-  two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64). It reads FP8 and FP4
-  values as they are stored, without rounding them to bf16 on the way. With `num_splits` given, a
-  row's bits do not depend on the batch, and on the number of heads only in whether it is above 32;
-  None chooses by the shapes. Its derivatives are those of `"xla"`. A call that it does not serve
+- `"mosaic_gpu"` are kernels for Hopper (compute capability 9.0), of sparse decode and sparse
+  prefill: of one or two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64).
+  They read FP8 and FP4 values as they are stored, without rounding them to bf16 on the way. With
+  `num_splits` given, a row's bits do not depend on the batch, and on the number of heads only in
+  whether it is above 32; None, and prefill, choose by the shapes. Their derivatives are those of `"xla"`. A call that it does not serve
   raises NotImplementedError with every reason. Any machine can trace and lower it, to compile it
   ahead of time; it compiles for Hopper only.
 - `"reference"` is `jmla.reference`.
