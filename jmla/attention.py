@@ -25,9 +25,9 @@ What all of them share:
   prefill: of one or two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64).
   They read FP8 and FP4 values as they are stored, without rounding them to bf16 on the way. With
   `num_splits` given, a row's bits do not depend on the batch, and on the number of heads only in
-  whether it is above 32; None, and prefill, choose by the shapes. Their derivatives are those of `"xla"`. A call that it does not serve
-  raises NotImplementedError with every reason. Any machine can trace and lower it, to compile it
-  ahead of time; it compiles for Hopper only.
+  whether it is above 32; None, and prefill, choose by the shapes. Their derivatives are those of
+  `"xla"`. A call that they do not serve raises NotImplementedError with every reason. Any machine
+  can trace and lower them, to compile them ahead of time; they compile for Hopper only.
 - `"reference"` is `jmla.reference`.
 - None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
   kernel serves the call, and `"xla"` otherwise.
