@@ -147,13 +147,13 @@ def test_nan_in_a_named_row_reaches_its_results_alone(blocks: str):
         assert nan[1].all() and not nan[[0, 2]].any()
 
 
-@pytest.mark.parametrize("scale", [-0.6, 0.0, 1e-3, 40.0])
-def test_any_scale(blocks: str, scale: float):
+def test_any_scale(blocks: str):
     indices = random_indices(2, 20, 300, slots=512)
     rows, q = rows_of(BF16, 1, 8, 64), random_queries(0, 20, 6) * jnp.bfloat16(0.25)
-    ours = sparse_prefill(q, rows, indices, sm_scale=scale, implementation="mosaic_gpu")
-    exact = exact_prefill(q, rows, indices, sm_scale=scale)
-    assert_exact_prefill(ours, exact, lse_abs=1e-3, out_error=4e-3)
+    for scale in (-0.6, 0.0, 1e-3, 8.0):
+        ours = sparse_prefill(q, rows, indices, sm_scale=scale, implementation="mosaic_gpu")
+        exact = exact_prefill(q, rows, indices, sm_scale=scale)
+        assert_exact_prefill(ours, exact, lse_abs=1e-4)
 
 
 def test_a_row_has_the_same_bits_in_every_batch(blocks: str):
@@ -167,7 +167,7 @@ def test_a_row_has_the_same_bits_in_every_batch(blocks: str):
 
 
 @hypothesis.settings(
-    max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=6, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(data=st.data())
 def test_any_shape_and_any_indices(blocks: str, data: st.DataObject):
@@ -206,5 +206,5 @@ def test_the_xla_path_agrees():
         xla = sparse_prefill(q, rows, indices, sm_scale=SCALE, implementation="xla")
         ours = prefill(q, rows, indices)
         assert_close(ours[0], xla[0], abs_tol=2e-3, rel_tol=2.01 / 128, cos_tol=2e-5)
-        for mine, theirs in zip(ours[1:], xla[1:], strict=True):
-            assert_close(mine, theirs, abs_tol=1e-3, rel_tol=1e-3)
+        assert_close(ours[1], xla[1], abs_tol=1e-2, rel_tol=1e-3)  # of a single key
+        assert_close(ours[2], xla[2], abs_tol=1e-3, rel_tol=1e-3)

@@ -87,7 +87,7 @@ def test_wrong_arguments_are_found_while_tracing():
             {**DECODE, "rows": quantize(ROWS.latents, KVLayout.FP4, rank=128)},
             ["reads FP4 latents of 512 + 64", "these have 128 + 64"],
         ),
-        (sparse_prefill, PREFILL, ["there is no mosaic_gpu kernel for sparse_prefill"]),
+        (sparse_prefill, PREFILL, ["512 + 64 values only, and these have 128 + 64"]),
         (dense_decode, DENSE, ["there is no mosaic_gpu kernel for dense_decode"]),
     ],
 )
