@@ -19,8 +19,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cache, peers, records, select_topk, sparse_decode
-from benchmarks import peers, records, select_topk, sparse_decode, sparse_prefill
+from benchmarks import cache, peers, records, select_topk, sparse_decode, sparse_prefill
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError

@@ -151,11 +151,6 @@ def minimum(a: Value, b: Value | int) -> Value:
     return Value(arith.minsi(a.ir, a._lift(b)))
 
 
-def maximum(a: Value, b: Value) -> Value:
-    """The larger of two signed integers."""
-    return Value(arith.maxsi(a.ir, b.ir))
-
-
 def minimum_s16(a: Value, b: Value) -> Value:
     """The smaller of each of two pairs of signed 16-bit integers."""
     return ptx("min.s16x2 $0, $1, $2;", a, b, out="r", pure=True)[0]
