@@ -1,11 +1,13 @@
 """Tokens in split pages of bytes: of a page first all values, then all footers."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int, UInt8
 
 from jmla.layouts.base import TokenRows, check_slots
@@ -42,7 +44,7 @@ class PagedTokens(TokenRows):
         return self.value_bytes + self.footer_bytes
 
     @property
-    def token_leaves(self) -> dict[str, tuple[tuple[int, ...], type]]:
+    def token_leaves(self) -> Mapping[str, tuple[tuple[int, ...], DTypeLike]]:
         """See `TokenRows.token_leaves`; of pages, what a page has."""
         size = self.token_bytes if self.page_size is None else self.packed.shape[-1]
         return {"packed": ((size,), jnp.uint8)}

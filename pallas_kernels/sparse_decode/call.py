@@ -109,9 +109,7 @@ def sparse_decode(
             operands["lengths"] = each.lengths
         if shape.has_sink and attn_sink is not None:
             operands["sink"] = attn_sink
-        results.append(
-            _launch(_program(FORMATS[each.format], choice, with_max_logits), shape, operands)
-        )
+        results.append(_launch(_program(FORMATS[each.format], choice), shape, operands))
     top = None
     if with_max_logits:
         tops = [part for each in results for part in each["max_logits"]]
@@ -121,9 +119,9 @@ def sparse_decode(
     return Results(*join([(each["out"], each["lse"]) for each in results], attn_sink), top)
 
 
-def _program(row_format: RowFormat, choice: Choice, with_max_logits: bool) -> Program:
+def _program(row_format: RowFormat, choice: Choice) -> Program:
     if choice.wide:
-        return wide.program(row_format, with_max_logits=with_max_logits)
+        return wide.program(row_format)
     return narrow.program(row_format, tuning_for(row_format, choice.heads))
 
 

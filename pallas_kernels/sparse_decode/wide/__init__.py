@@ -17,12 +17,12 @@ from pallas_kernels.sparse_decode.wide.values import values
 __all__ = ["program"]
 
 
-def program(row_format: RowFormat, *, with_max_logits: bool) -> Program:
-    """The program for rows of a format; the largest logits take registers of the scores."""
+def program(row_format: RowFormat) -> Program:
+    """The program for rows of a format."""
     # Fewer for values, and the compiler runs their products one at a time.
     for_values = 160
     for_scores, for_gather = (128, 64) if is_converted(row_format) else (112, 80)
-    if with_max_logits and row_format.block_scales:
+    if row_format.block_scales:
         for_scores, for_gather = 136, 56
     return Program(
         WIDE_HEADS,

@@ -165,8 +165,8 @@ class _Converter(_Rows):
             ring, now, following = Ring(STAGES, *carry[:2]), list(carry[2:4]), list(carry[4:])
             later = self.slots(number + 2)
             block.empty.wait(ring.slot, ring.phase ^ 1)
-            # The second stage has held a part of the query.
-            when(number.equals(self.first + 1), lambda: block.query_taken.wait(0, i32(0)))
+            # The second stage has held a part of the query: one wait, and looks afterwards.
+            when(ring.slot.equals(1), lambda: block.query_taken.wait(0, i32(0)))
             for r in range(ROWS):
                 ptx("cp.async.wait_group 1;")
                 self._convert(now, following, r, ring.slot)
@@ -204,6 +204,8 @@ class _Converter(_Rows):
 
         # As many as there are registers for.
         ahead = 3 if scale is not None and scale.rest is None else 2
+        if scale is None and self.block.shape.splits == 1:
+            ahead = 4
 
         def load(first: int) -> list[list[Value]]:
             parts = range(first, min(first + ahead, PARTS))

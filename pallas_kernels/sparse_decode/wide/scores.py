@@ -1,6 +1,7 @@
 """The warpgroup of the logits and their softmax."""
 
 import math
+from collections.abc import Callable
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import load_shared, store_shared
@@ -38,12 +39,14 @@ from pallas_kernels.sparse_decode.wide.block import (
     WARPS,
     Block,
     held_tiles,
+    is_converted,
 )
 from pallas_kernels.sparse_decode.wide.queries import load_query
 
 BARRIER = 8
 SIZE = 32  # logits of a thread: 2 heads by 16 keys
 ROWS = 2
+PAIRS = 8  # of neighbouring keys
 
 
 def scores(block: Block) -> None:
@@ -59,8 +62,10 @@ def scores(block: Block) -> None:
         block.full.wait(ring.slot, ring.phase)
         # The converted rows were written by ordinary stores.
         proxy_fence()
-        logits = wgmma.wait(0, _products(block, held, ring.slot))
-        return [*softmax.weigh(logits, ring, state), *ring.next().values()]
+        products = _products(block, held, ring.slot)
+        tokens = softmax.tokens(ring.slot)
+        logits = wgmma.wait(0, products)
+        return [*softmax.weigh(logits, tokens, ring, state), *ring.next().values()]
 
     state = [f32(NO_LOGIT)] * ROWS + [f32(0.0)] * ROWS
     if block.shape.has_max_logits:
@@ -121,13 +126,35 @@ class _Softmax:
         place = block.small + self.row * 4
         self.scale = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
 
-    def weigh(self, logits: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
+    def tokens(self, slot: Value) -> Callable[[int], list[Value]]:
+        """Pairs of what is kept beside the rows of this thread's keys.
+
+        They are loaded here, beside the products, where there are registers for it: the compiler
+        does not move a load before the stores of the weights.
+        """
+        keys = self.block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
+
+        def load(pair: int) -> list[Value]:
+            return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
+
+        row_format = self.block.format
+        few_registers = is_converted(row_format) and not row_format.block_scales
+        if few_registers or self.block.shape.has_max_logits:
+            return load
+        return [load(pair) for pair in range(PAIRS)].__getitem__
+
+    def weigh(
+        self,
+        logits: list[Value],
+        tokens: Callable[[int], list[Value]],
+        ring: Ring,
+        state: list[Value],
+    ) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums."""
         block, row_format, slot = self.block, self.block.format, ring.slot
         state, largest = state[: 2 * ROWS], state[2 * ROWS :]
-        keys = block.small + slot * (4 * TILE) + opaque(self.thread.column) * 8
-        for v in range(8):
-            words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
+        for v in range(PAIRS):
+            words = tokens(v)
             bias = [(word << 16).as_f32() for word in words]
             four = logits[4 * v : 4 * v + 4]
             if row_format.block_scales:
@@ -160,23 +187,19 @@ class _Softmax:
         quad = opaque(self.thread.quad)
         row = (self.thread.warp * 16 + quad) * wgmma.ROW_BYTES
         base = block.tile(slot) + ROPE_TILE + row + self.thread.column * 4
-        # All loads before the first store, which the compiler does not move them across.
-        sums, packed = state[ROWS:], []
-        for v in range(8):
+        sums = state[ROWS:]
+        for v in range(PAIRS):
             p = [exp2(logits[4 * v + i] - state[_row(i)]) for i in range(4)]
-            packed.append([pack(p[2 * r], p[2 * r + 1]) for r in range(ROWS)])
+            place = base + ((quad ^ v) << 4)
+            for r in range(ROWS):
+                store_shared(place, [pack(p[2 * r], p[2 * r + 1])], wgmma.ATOM_BYTES * r)
             if row_format.block_scales:
-                words = load_shared(keys, "rr", MEMORY.tokens + 32 * v)
-                weight = [(word & -65536).as_f32() for word in words]
+                weight = [(word & -65536).as_f32() for word in tokens(v)]
                 for i, x in enumerate(p):
                     sums[_row(i)] = fma(x, weight[i & 1], sums[_row(i)])
             else:
                 for i, x in enumerate(p):
                     sums[_row(i)] = sums[_row(i)] + x
-        for v, words in enumerate(packed):
-            place = base + ((quad ^ v) << 4)
-            for r in range(ROWS):
-                store_shared(place, [words[r]], wgmma.ATOM_BYTES * r)
         proxy_fence()
         block.weighted.arrive_warp(slot, self.thread)
         return [*state[:ROWS], *sums, *largest]
