@@ -45,7 +45,7 @@ def test_speeds_are_the_recorded_ones():
         against = (f"{peer:.1f}", f"{peer / ours:.2f}") if peer else ("-", "-")
         shape = name.replace("layout=", "").replace(" topk=2048", "")
         recorded.add((shape, f"{ours:.1f}", *against, f"{floor:.1f}"))
-    pattern = r"^\| ((?:656|576|bf16) b=.*?) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$"
+    pattern = r"^\| ((?:656|576|bf16|fp4|584)\S* b=.*?) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$"
     quoted = re.findall(pattern, README, flags=re.MULTILINE)
     assert quoted
     assert set(quoted) <= recorded
