@@ -4,15 +4,13 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 
 import jmla
-from benchmarks import accuracy
-from benchmarks.floors import Ceilings, Gather, floor_us
+from benchmarks import attention
+from benchmarks.floors import Ceilings, Gather
 from benchmarks.inputs import (
     IN_PLACE,
     LAYOUTS,
@@ -25,7 +23,7 @@ from benchmarks.inputs import (
 )
 from benchmarks.peers import FlashMLA
 from benchmarks.records import Environment, Record
-from benchmarks.timing import MeasurementError, Timer
+from benchmarks.timing import Timer
 from jmla.attention import Implementation
 from jmla.layouts import Rows, ScaleFormat
 
@@ -201,102 +199,58 @@ class Bench:
             slots=rows.num_slots,
             kind=case.indices,
         )
-        exact = _Exact.of(inputs[0], rows, self.sizes.checked)
-        name = case.describe(cache.layout)
-
+        name, first = case.describe(cache.layout), inputs[0]
+        tokens = case.b * case.s_q
+        exact = attention.Exact.of(
+            first.q.reshape(tokens, *first.q.shape[2:]),
+            rows,
+            first.indices.reshape(tokens, case.topk),
+            count=self.sizes.checked,
+        )
         attend = jax.jit(
             functools.partial(
                 jmla.sparse_decode, sm_scale=SM_SCALE, implementation=self.implementation
             )
         )
-        start = time.perf_counter()
-        out, lse = jax.block_until_ready(attend(inputs[0].q, rows, inputs[0].indices))
-        first_call_s = time.perf_counter() - start
-        errors = exact.compare(np.asarray(out), np.asarray(lse), f"ours, {name}")
-        del out, lse
-        calls = [functools.partial(attend, each.q, rows, each.indices) for each in inputs]
-        ours_us = self.timer.measure(
-            itertools.cycle(calls), jax.block_until_ready, what=f"ours, {name}"
-        )
-
-        peer_us: float | None = None
-        peer_errors: accuracy.Errors | None = None
+        arguments = [(each.q, rows, each.indices) for each in inputs]
+        ours = attention.measure(attend, arguments, exact, self.timer, what=f"ours, {name}")
+        theirs = None
         if peer is not None:
-            peer_us, peer_errors = self._measure_peer(peer, inputs, exact, case, name)
+            theirs = peer.name, self._measure_peer(peer, inputs, exact, case, name)
 
-        flops = case.flops(rows.width, rows.value_dim)
         gather = Gather.for_rows(rows.num_slots, rows.bytes_per_token)
         key = (gather, dataclasses.replace(case, h=0))
         if key not in gathers:
             gathers[key] = gather.measure(self.timer, [each.indices for each in inputs])
-        gather_us = gathers[key]
-        return Record(
+        return attention.record(
             op="sparse_decode",
             case=name,
-            indices=case.indices,
+            kind=case.indices,
             scale_format=cache.scale_format,
-            implementation=self.implementation or "default",
-            ours_us=ours_us,
-            peer=peer.name if peer else None,
-            peer_us=peer_us,
-            floor_us=floor_us(gather_us, flops, self.ceilings),
-            bytes=num_bytes,
-            unique_bytes=np.unique(np.asarray(inputs[0].indices)).size * rows.bytes_per_token,
-            flops=flops,
-            tflops=flops / ours_us / 1e6,
-            gbps=num_bytes / ours_us / 1e3,
-            first_call_s=first_call_s,
-            error=errors.out,
-            peer_error=peer_errors.out if peer_errors else None,
-            lse_error=errors.lse,
-            peer_lse_error=peer_errors.lse if peer_errors else None,
-            gather_us=gather_us,
-            gather_by=gather.by,
-            matmul_tflops=self.ceilings.matmul_tflops,
-            copy_gbps=self.ceilings.copy_gbps,
-            method=self.timer.method,
+            implementation=self.implementation,
+            rows=rows,
+            indices=first.indices,
+            flops=case.flops(rows.width, rows.value_dim),
+            ours=ours,
+            peer=theirs,
+            gather=gather,
+            gather_us=gathers[key],
+            timer=self.timer,
+            ceilings=self.ceilings,
             environment=self.environment,
         )
 
     def _measure_peer(
-        self, peer: FlashMLA, inputs: Sequence[Inputs], exact: "_Exact", case: Case, name: str
-    ) -> tuple[float, accuracy.Errors]:
+        self,
+        peer: FlashMLA,
+        inputs: Sequence[Inputs],
+        exact: attention.Exact,
+        case: Case,
+        name: str,
+    ) -> attention.Measured:
         what = f"{peer.name}, {name}"
         metadata = peer.metadata()
         calls = [peer.call(each.q, each.indices, metadata) for each in inputs]
         errors = exact.compare(*peer.results(calls[0](), case.h), what)
-        return self.timer.measure(itertools.cycle(calls), peer.wait, what=what), errors
-
-
-@dataclasses.dataclass(frozen=True)
-class _Exact:
-    """The f64 results of some of a call's query tokens."""
-
-    tokens: np.ndarray
-    out: np.ndarray
-    lse: np.ndarray
-
-    @classmethod
-    def of(cls, inputs: Inputs, rows: Rows, count: int) -> "_Exact":
-        b, s_q, h, width = inputs.q.shape
-        tokens = accuracy.sample(b * s_q, count)
-        slots = inputs.indices.reshape(b * s_q, inputs.indices.shape[-1])[tokens]
-        keys = jmla.dequantize(rows.gather(slots))
-        q = inputs.q.reshape(b * s_q, h, width)[tokens]
-        out, lse = accuracy.attend(
-            np.asarray(q), np.asarray(keys), sm_scale=SM_SCALE, value_dim=rows.value_dim
-        )
-        return cls(tokens, out, lse)
-
-    def compare(self, out: np.ndarray, lse: np.ndarray, what: str) -> accuracy.Errors:
-        """The errors of a call's results, out [b, s_q, h, value] and lse [b, s_q, h]."""
-        b, s_q, h, value_dim = out.shape
-        errors = accuracy.compare(
-            out.reshape(b * s_q, h, value_dim)[self.tokens],
-            lse.reshape(b * s_q, h)[self.tokens],
-            self.out,
-            self.lse,
-        )
-        if not math.isfinite(errors.out + errors.lse):
-            raise MeasurementError(f"{what}: {errors=}: the results are not finite")
-        return errors
+        us = self.timer.measure(itertools.cycle(calls), peer.wait, what=what)
+        return attention.Measured(us, errors)

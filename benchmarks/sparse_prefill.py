@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -13,14 +12,14 @@ import numpy as np
 from jaxtyping import Array, BFloat16, Int
 
 import jmla
-from benchmarks import accuracy
-from benchmarks.floors import Ceilings, Gather, floor_us
+from benchmarks import attention
+from benchmarks.floors import Ceilings, Gather
 from benchmarks.inputs import LAYOUTS, QUERY_STD, SM_SCALE, random_cache
 from benchmarks.peers import FlashMLAPrefill
 from benchmarks.records import Environment, Record
-from benchmarks.timing import MeasurementError, Timer
+from benchmarks.timing import Timer
 from jmla.attention import Implementation
-from jmla.layouts import BF16Rows, Rows
+from jmla.layouts import BF16Rows
 
 SHARED = 0.9  # of a query's clustered indices are those of the queries around it
 GROUP = 64  # queries that share them
@@ -124,65 +123,58 @@ class Bench:
 
     def _measure(self, case: Case, layout: str) -> Record:
         rows = random_cache(LAYOUTS[layout], slots=case.s_kv, page_size=PAGE_SIZE)
-        name, num_bytes = case.describe(layout), case.num_rows * rows.bytes_per_token
+        name = case.describe(layout)
         inputs = [_inputs(case, rows.width, seed) for seed in range(2)]
         q, indices = inputs[0]
-        exact = _Exact.of(case, q, rows, indices)
-
+        exact = attention.Exact.of(q, rows, indices, count=CHECKED)
         attend = jax.jit(
             functools.partial(
                 jmla.sparse_prefill, sm_scale=SM_SCALE, implementation=self.implementation
             )
         )
-        start = time.perf_counter()
-        out, _, lse = jax.block_until_ready(attend(q, rows, indices))
-        first_call_s = time.perf_counter() - start
-        errors = exact.compare(np.asarray(out), np.asarray(lse), f"ours, {name}")
-        del out, lse
-        calls = [functools.partial(attend, q, rows, indices) for q, indices in inputs]
-        ours_us = self.timer.measure(
-            itertools.cycle(calls), jax.block_until_ready, what=f"ours, {name}"
+        ours = attention.measure(
+            attend,
+            [(q, rows, slots) for q, slots in inputs],
+            exact,
+            self.timer,
+            what=f"ours, {name}",
         )
-
-        peer_us: float | None = None
-        peer_errors: accuracy.Errors | None = None
-        has_peer = self.with_peer and isinstance(rows, BF16Rows)
-        if has_peer:
-            assert isinstance(rows, BF16Rows)
-            peer, what = FlashMLAPrefill.over(rows.flat().latents, sm_scale=SM_SCALE), "flashmla, "
-            peer_calls = [peer.call(*each) for each in inputs]
-            peer_errors = exact.compare(*peer.results(peer_calls[0](), case.h), what + name)
-            peer_us = self.timer.measure(itertools.cycle(peer_calls), peer.wait, what=what + name)
-
-        flops = case.flops(rows.width, rows.value_dim)
+        peer = None
+        if self.with_peer and isinstance(rows, BF16Rows):
+            peer = FlashMLAPrefill.name, self._measure_peer(rows, inputs, exact, case, name)
         gather = Gather.for_rows(rows.num_slots, rows.bytes_per_token)
-        gather_us = gather.measure(self.timer, [indices for _, indices in inputs])
-        return Record(
+        return attention.record(
             op="sparse_prefill",
             case=name,
-            indices="clustered" if case.clustered else "uniform",
+            kind="clustered" if case.clustered else "uniform",
             scale_format=None,
-            implementation=self.implementation or "default",
-            ours_us=ours_us,
-            peer=FlashMLAPrefill.name if has_peer else None,
-            peer_us=peer_us,
-            floor_us=floor_us(gather_us, flops, self.ceilings),
-            bytes=num_bytes,
-            unique_bytes=np.unique(np.asarray(indices)).size * rows.bytes_per_token,
-            flops=flops,
-            tflops=flops / ours_us / 1e6,
-            gbps=num_bytes / ours_us / 1e3,
-            first_call_s=first_call_s,
-            error=errors.out,
-            peer_error=peer_errors.out if peer_errors else None,
-            lse_error=errors.lse,
-            peer_lse_error=peer_errors.lse if peer_errors else None,
-            gather_us=gather_us,
-            gather_by=gather.by,
-            matmul_tflops=self.ceilings.matmul_tflops,
-            copy_gbps=self.ceilings.copy_gbps,
-            method=self.timer.method,
+            implementation=self.implementation,
+            rows=rows,
+            indices=indices,
+            flops=case.flops(rows.width, rows.value_dim),
+            ours=ours,
+            peer=peer,
+            gather=gather,
+            gather_us=gather.measure(self.timer, [slots for _, slots in inputs]),
+            timer=self.timer,
+            ceilings=self.ceilings,
             environment=self.environment,
+        )
+
+    def _measure_peer(
+        self,
+        rows: BF16Rows,
+        inputs: Sequence[tuple[Array, Array]],
+        exact: attention.Exact,
+        case: Case,
+        name: str,
+    ) -> attention.Measured:
+        peer = FlashMLAPrefill.over(rows.flat().latents, sm_scale=SM_SCALE)
+        what = f"{peer.name}, {name}"
+        calls = [peer.call(*each) for each in inputs]
+        errors = exact.compare(*peer.results(calls[0](), case.h), what)
+        return attention.Measured(
+            self.timer.measure(itertools.cycle(calls), peer.wait, what=what), errors
         )
 
 
@@ -203,28 +195,3 @@ def _inputs(
         )
     )
     return make_q(jax.random.key(seed)), jnp.asarray(slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Exact:
-    """The f64 results of some of a call's query tokens."""
-
-    tokens: np.ndarray
-    out: np.ndarray
-    lse: np.ndarray
-
-    @classmethod
-    def of(cls, case: Case, q: Array, rows: Rows, indices: Array) -> "_Exact":
-        tokens = accuracy.sample(case.n, CHECKED)
-        keys = jmla.dequantize(rows.gather(indices[tokens]))
-        out, lse = accuracy.attend(
-            np.asarray(q[tokens]), np.asarray(keys), sm_scale=SM_SCALE, value_dim=rows.value_dim
-        )
-        return cls(tokens, out, lse)
-
-    def compare(self, out: np.ndarray, lse: np.ndarray, what: str) -> accuracy.Errors:
-        """The errors of a call's results, out [n, h, value] and lse [n, h]."""
-        errors = accuracy.compare(out[self.tokens], lse[self.tokens], self.out, self.lse)
-        if not math.isfinite(errors.out + errors.lse):
-            raise MeasurementError(f"{what}: {errors=}: the results are not finite")
-        return errors
