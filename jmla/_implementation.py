@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from jmla.platforms import HOPPER, detect_platform
+
 
 def choose(implementation: str | None, reasons: Sequence[str], others: tuple[str, ...]) -> str:
     """The implementation to run.
@@ -32,8 +34,4 @@ def choose(implementation: str | None, reasons: Sequence[str], others: tuple[str
 
 def on_hopper() -> bool:
     """Whether JAX's default device is what the kernels are made for."""
-    # The layouts need this module, and these need the layouts.
-    from jmla import _mosaic_decode
-    from jmla.backends import detect_platform
-
-    return detect_platform() == _mosaic_decode.PLATFORM
+    return detect_platform() == HOPPER

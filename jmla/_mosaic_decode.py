@@ -26,7 +26,6 @@ from jmla.layouts.v4 import V4Rows
 if TYPE_CHECKING:
     from pallas_kernels.sparse_decode import KeyList
 
-PLATFORM = "sm_90"
 ROPE_DIM = 64
 LAYOUTS = tuple(KVLayout)
 COPIED_BYTES = 16  # that the kernel copies at once, from where a multiple of them begins

@@ -10,10 +10,9 @@ what they read.
 import dataclasses
 from typing import Literal
 
-import jax
-
 from jmla import _mosaic_decode
 from jmla.layouts.base import BLOCK_SCALE_TILE, FP4_BLOCK, V4_TILE, KVLayout
+from jmla.platforms import HOPPER, is_blackwell
 
 Phase = Literal["prefill", "decode"]
 Reads = Literal["direct", "gather_dequantize", "convert"]
@@ -151,10 +150,10 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("decode", "PAGED", (_mosaic_decode.PLATFORM,), _mosaic_decode.LAYOUTS),
-    Kernel("prefill", "PAGED", (_mosaic_decode.PLATFORM,), _mosaic_decode.LAYOUTS),
+    Kernel("decode", "PAGED", (HOPPER,), _mosaic_decode.LAYOUTS),
+    Kernel("prefill", "PAGED", (HOPPER,), _mosaic_decode.LAYOUTS),
     # Gathered rows of FP8_V4 are values without a rotary part, which no kernel reads.
-    Kernel("prefill", "RAGGED", (_mosaic_decode.PLATFORM,), (_RAW, _BLOCK, _FP4)),
+    Kernel("prefill", "RAGGED", (HOPPER,), (_RAW, _BLOCK, _FP4)),
 )
 
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
@@ -286,33 +285,6 @@ def sizes_problem(layout: KVLayout, rank: int, rope_dim: int) -> str | None:
     if layout is _FP4 and rope_dim % tile:
         return f"{sizes} and rope_dim={rope_dim}"
     return sizes if rank % tile else None
-
-
-def detect_platform() -> str:
-    """The platform of JAX's default device: "sm_90" and the like, "cpu", "rocm" or "tpu"."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return device.platform
-    capability = str(getattr(device, "compute_capability", ""))
-    major, dot, minor = capability.partition(".")
-    return f"sm_{major}{minor}" if dot else "rocm"
-
-
-def is_cuda(platform: str) -> bool:
-    """Whether the platform is an NVIDIA GPU."""
-    return platform.startswith("sm_")
-
-
-def is_blackwell(platform: str) -> bool:
-    """Whether the platform is an NVIDIA GPU of compute capability 10.0 or later."""
-    return is_cuda(platform) and int(platform.removeprefix("sm_")) >= 100
-
-
-def describe_platform(platform: str) -> str:
-    """The platform with the family's name, if it has one."""
-    if is_blackwell(platform):
-        return f"{platform} (Blackwell)"
-    return "sm_90 (Hopper)" if platform == "sm_90" else platform
 
 
 def _rows_of(name: str, phase: Phase) -> tuple[Access, ...]:

@@ -2,10 +2,10 @@
 
 import textwrap
 
-from jmla.backends import describe_platform
 from jmla.layouts.base import KVLayout
 from jmla.phase_plan import PhasePlan
 from jmla.plan import Plan
+from jmla.platforms import describe_platform
 
 _WIDTH = 100
 

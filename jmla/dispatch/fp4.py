@@ -14,9 +14,10 @@ platforms: XLA reads FP4 anywhere, and only a device kernel needs CUDA.
 
 import dataclasses
 
-from jmla.backends import PHASES, Phase, backends_of, find_backend, is_cuda, layouts_read
+from jmla.backends import PHASES, Phase, backends_of, find_backend, layouts_read
 from jmla.config import Config, quote
 from jmla.layouts.base import KVLayout
+from jmla.platforms import is_cuda
 
 
 class FP4CompatibilityError(ValueError):

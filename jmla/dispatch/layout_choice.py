@@ -8,15 +8,14 @@ from jmla.backends import (
     PHASES,
     Phase,
     backends_of,
-    describe_platform,
     dtype_of,
     find_backend,
-    is_blackwell,
     layouts_read,
     sizes_problem,
 )
 from jmla.config import Config, quote
 from jmla.layouts.base import KVLayout
+from jmla.platforms import describe_platform, is_blackwell
 
 _BF16 = KVLayout.BF16
 _RAW = KVLayout.FP8_NOPE_FP8_ROPE

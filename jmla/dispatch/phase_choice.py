@@ -14,7 +14,6 @@ from jmla.backends import (
     Phase,
     access,
     default_names,
-    describe_platform,
     find_backend,
     kernels_of,
     kernels_over,
@@ -22,6 +21,7 @@ from jmla.backends import (
 )
 from jmla.config import Config
 from jmla.layouts.base import KVLayout
+from jmla.platforms import describe_platform
 
 
 @dataclasses.dataclass(frozen=True)

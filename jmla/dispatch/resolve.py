@@ -14,8 +14,6 @@ from jmla.backends import (
     PHASES,
     Phase,
     backends_of,
-    describe_platform,
-    detect_platform,
     serves,
 )
 from jmla.config import KV_CACHE_DTYPES, Config, quote
@@ -38,6 +36,7 @@ from jmla.dispatch.requirements import (
 from jmla.layouts.base import KVLayout
 from jmla.phase_plan import DecodePlan, PrefillPlan
 from jmla.plan import Plan
+from jmla.platforms import describe_platform, detect_platform
 
 # What a refusal proposes: a setting, the value that gives the choice back to jmla, and others.
 _SETTINGS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (

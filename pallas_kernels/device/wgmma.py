@@ -11,12 +11,33 @@ from collections.abc import Sequence
 
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.device.simt import Value, f32_type, fence_registers, i64, i64_type, ptx
+from pallas_kernels.device.simt import (
+    Value,
+    f32_type,
+    fence_registers,
+    fmax,
+    i64,
+    i64_type,
+    ptx,
+)
 
 ROW_BYTES = 128
 ATOM_BYTES = 8 * ROW_BYTES
 PLAIN_MATRIX_BYTES = 8 * 16
 PLAIN_COLUMN_BYTES = 8 * PLAIN_MATRIX_BYTES
+
+
+def row_of(i: int) -> int:
+    """Which of its two rows of D a thread's element `i` belongs to."""
+    return (i >> 1) & 1
+
+
+def largest_of_row(d: Sequence[Value], row: int) -> Value:
+    """The largest of a thread's elements of one of its two rows; a NaN loses."""
+    mine = [x for i, x in enumerate(d) if row_of(i) == row]
+    while len(mine) > 1:
+        mine = [fmax(a, b) for a, b in zip(mine[::2], mine[1::2], strict=True)]
+    return mine[0]
 
 
 def descriptor(address: Value, columns_stride: int = 0) -> Value:

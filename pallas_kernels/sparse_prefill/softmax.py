@@ -90,7 +90,7 @@ class Softmax:
         """
         block, group = self.block, self.group
         logits = self._masked([x * self.scale for x in logits])
-        tops = [self._top(logits, r) for r in range(ROWS)]
+        tops = [wgmma.largest_of_row(logits, r) for r in range(ROWS)]
         block.decided.wait(1 - group, (theirs + 1) & 1)
         before = self._references(is_first)
         over = [tops[r] > before[r] + LARGEST_WEIGHT for r in range(ROWS)]
@@ -105,13 +105,14 @@ class Softmax:
         )
         block.decided.arrive_warp(group, self.thread)
 
-        p = [exp2(x - reference[_row(i)]) for i, x in enumerate(logits)]
+        p = [exp2(x - reference[wgmma.row_of(i)]) for i, x in enumerate(logits)]
         # All warps have multiplied the rotary values that the weights replace.
         named_barrier(BARRIER + group, WARPGROUP)
         place = block.tile(group) + self.thread.warp * (ROWS * wgmma.PLAIN_MATRIX_BYTES)
         place = place + (opaque(self.thread.lane) << 2)
         for i in range(0, len(p), 2):
-            offset = (i >> 2) * wgmma.PLAIN_COLUMN_BYTES + _row(i) * wgmma.PLAIN_MATRIX_BYTES
+            offset = wgmma.row_of(i) * wgmma.PLAIN_MATRIX_BYTES
+            offset += (i >> 2) * wgmma.PLAIN_COLUMN_BYTES
             store_shared(place, [pack_bf16(p[i], p[i + 1])], ROPE_TILE + offset)
         proxy_fence()
         block.weighted.arrive_warp(group, self.thread)
@@ -121,7 +122,7 @@ class Softmax:
             for r, total in enumerate((state.total, state.total_1))
         ]
         for i, x in enumerate(p):
-            totals[_row(i)] = totals[_row(i)] + x
+            totals[wgmma.row_of(i)] = totals[wgmma.row_of(i)] + x
         largest = [fmax(state.top, tops[0]), fmax(state.top_1, tops[1])]
         return State._make([*reference, *totals, *largest])
 
@@ -140,13 +141,6 @@ class Softmax:
             return kept
 
         return branch(i32(0).below(halves[0] | halves[1]), logits, mask)
-
-    def _top(self, logits: list[Value], row: int) -> Value:
-        """The largest of this thread's logits of one of its heads."""
-        mine = [x for i, x in enumerate(logits) if _row(i) == row]
-        while len(mine) > 1:
-            mine = [fmax(a, b) for a, b in zip(mine[::2], mine[1::2], strict=True)]
-        return mine[0]
 
     def _references(self, is_first: Value) -> list[Value]:
         """As the block of keys before this one left them."""
@@ -221,8 +215,3 @@ class Softmax:
 
             when(writes, store_factor)
         block.result_full.arrive_warp(0, self.thread)
-
-
-def _row(i: int) -> int:
-    """Which of its two heads an element of a thread's products belongs to."""
-    return (i >> 1) & 1

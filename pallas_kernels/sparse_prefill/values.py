@@ -36,7 +36,7 @@ def values(block: Block, half: int) -> None:
         place = block.small + block.head_row() * 4
         factors = [load_shared(place, "f", MEMORY.factor + 32 * r)[0] for r in range(ROWS)]
         block.result_empty.arrive_warp(0, block.thread)
-        _store(block, task, half, [x * factors[_row(i)] for i, x in enumerate(acc)])
+        _store(block, task, half, [x * factors[wgmma.row_of(i)] for i, x in enumerate(acc)])
         return [phases, *turn.next().values()]
 
     # A bit for each stage, flipped whenever it has been used.
@@ -72,7 +72,7 @@ def _decayed(block: Block, acc: list[Value], stage: Value) -> list[Value]:
     def decay() -> list[Value]:
         place = block.small + stage * (4 * HEADS) + block.head_row() * 4
         factors = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
-        return [x * factors[_row(i)] for i, x in enumerate(acc)]
+        return [x * factors[wgmma.row_of(i)] for i, x in enumerate(acc)]
 
     return branch(raised.equals(1), acc, decay)
 
@@ -101,8 +101,3 @@ def _store(block: Block, task: Task, half: int, acc: list[Value]) -> None:
                 store_global(row, pair, 32 * k)
 
         when(head < block.shape.heads, store)
-
-
-def _row(i: int) -> int:
-    """Which of its two heads an element of a thread's products belongs to."""
-    return (i >> 1) & 1

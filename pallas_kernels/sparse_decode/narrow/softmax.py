@@ -95,16 +95,18 @@ class Softmax:
         if operands.weight is not None:
             # 2^e of a row whose weight is 2^-e; finite, too, where a mask made the weight 0.
             up = [(i32(254 << 23) - weight.as_i32()).as_f32() for weight in operands.weight]
-            logits = [x * up[_row(i)] for i, x in enumerate(logits)]
+            logits = [x * up[wgmma.row_of(i)] for i, x in enumerate(logits)]
         plain = logits
         logits = [
-            fma(x, operands.scale[_column(i)], operands.bias[_row(i)]) for i, x in enumerate(logits)
+            fma(x, operands.scale[_column(i)], operands.bias[wgmma.row_of(i)])
+            for i, x in enumerate(logits)
         ]
         if largest:
             if operands.weight is not None:
                 masks = [select(b.equals(-math.inf), b, f32(0.0)) for b in operands.bias]
                 plain = [
-                    fma(x, operands.scale[_column(i)], masks[_row(i)]) for i, x in enumerate(plain)
+                    fma(x, operands.scale[_column(i)], masks[wgmma.row_of(i)])
+                    for i, x in enumerate(plain)
                 ]
             else:
                 plain = logits
@@ -262,11 +264,6 @@ def _over_own_rows(logits: list[Value]) -> list[Value]:
     """The largest of each of this thread's columns over its two rows."""
     pairs = range(0, len(logits), 4)
     return [fmax(logits[i + e], logits[i + 2 + e]) for i in pairs for e in range(2)]
-
-
-def _row(i: int) -> int:
-    """Which of its two rows an element of a thread's products belongs to."""
-    return (i >> 1) & 1
 
 
 def _column(i: int) -> int:

@@ -161,17 +161,18 @@ class _Softmax:
                 # 2^e of a key whose weight is 2^-e; finite, too, where a mask made the weight 0.
                 up = [(i32(254 << 23) - (word & -65536)).as_f32() for word in words]
                 four = [x * up[i & 1] for i, x in enumerate(four)]
-            weighed = [fma(x, self.scale[_row(i)], bias[i & 1]) for i, x in enumerate(four)]
+            weighed = [fma(x, self.scale[wgmma.row_of(i)], bias[i & 1]) for i, x in enumerate(four)]
             logits[4 * v : 4 * v + 4] = weighed
             if largest:
                 if row_format.block_scales:
                     masks = [select(b.equals(-math.inf), b, f32(0.0)) for b in bias]
                     weighed = [
-                        fma(x, self.scale[_row(i)], masks[i & 1]) for i, x in enumerate(four)
+                        fma(x, self.scale[wgmma.row_of(i)], masks[i & 1])
+                        for i, x in enumerate(four)
                     ]
                 for i, x in enumerate(weighed):
-                    largest[_row(i)] = fmax(largest[_row(i)], x)
-        tops = [self._top(logits, r) for r in range(ROWS)]
+                    largest[wgmma.row_of(i)] = fmax(largest[wgmma.row_of(i)], x)
+        tops = [wgmma.largest_of_row(logits, r) for r in range(ROWS)]
         over = [tops[r] > state[r] + LARGEST_WEIGHT for r in range(ROWS)]
         raised = any_lane(over[0] | over[1])
         state = branch(raised, state, lambda: self._raise(tops, ring, state))
@@ -189,27 +190,20 @@ class _Softmax:
         base = block.tile(slot) + ROPE_TILE + row + self.thread.column * 4
         sums = state[ROWS:]
         for v in range(PAIRS):
-            p = [exp2(logits[4 * v + i] - state[_row(i)]) for i in range(4)]
+            p = [exp2(logits[4 * v + i] - state[wgmma.row_of(i)]) for i in range(4)]
             place = base + ((quad ^ v) << 4)
             for r in range(ROWS):
                 store_shared(place, [pack(p[2 * r], p[2 * r + 1])], wgmma.ATOM_BYTES * r)
             if row_format.block_scales:
                 weight = [(word & -65536).as_f32() for word in tokens(v)]
                 for i, x in enumerate(p):
-                    sums[_row(i)] = fma(x, weight[i & 1], sums[_row(i)])
+                    sums[wgmma.row_of(i)] = fma(x, weight[i & 1], sums[wgmma.row_of(i)])
             else:
                 for i, x in enumerate(p):
-                    sums[_row(i)] = sums[_row(i)] + x
+                    sums[wgmma.row_of(i)] = sums[wgmma.row_of(i)] + x
         proxy_fence()
         block.weighted.arrive_warp(slot, self.thread)
         return [*state[:ROWS], *sums, *largest]
-
-    def _top(self, logits: list[Value], row: int) -> Value:
-        """The largest of this thread's logits of one of its heads."""
-        mine = [x for i, x in enumerate(logits) if _row(i) == row]
-        while len(mine) > 1:
-            mine = [fmax(a, b) for a, b in zip(mine[::2], mine[1::2], strict=True)]
-        return mine[0]
 
     def _raise(self, tops: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
         """Raises the reference where a weight passes the largest; the state then."""
@@ -247,8 +241,3 @@ class _Softmax:
                 store_shared(place, [factor], MEMORY.tokens)
 
             when(writes, store)
-
-
-def _row(i: int) -> int:
-    """Which of its two heads an element of a thread's products belongs to."""
-    return (i >> 1) & 1

@@ -74,7 +74,7 @@ def _decayed(block: Block, acc: list[Value], slot: Value) -> list[Value]:
     def decay() -> list[Value]:
         place = block.small + block.head_row() * 4
         factors = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(2)]
-        return [x * factors[(i >> 1) & 1] for i, x in enumerate(acc)]
+        return [x * factors[wgmma.row_of(i)] for i, x in enumerate(acc)]
 
     return branch(flag.equals(1), acc, decay)
 
@@ -83,7 +83,7 @@ def _store(block: Block, half: int, acc: list[Value]) -> None:
     """Writes the output: bf16 if it is final, else f32."""
     place = block.small + block.head_row() * 4
     factors = [load_shared(place, "f", MEMORY.tokens + 32 * r)[0] for r in range(2)]
-    acc = [x * factors[(i >> 1) & 1] for i, x in enumerate(acc)]
+    acc = [x * factors[wgmma.row_of(i)] for i, x in enumerate(acc)]
     if block.shape.final:
         _store_rows(block, half, acc)
     else:
