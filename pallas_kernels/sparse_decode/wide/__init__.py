@@ -22,8 +22,6 @@ def program(row_format: RowFormat) -> Program:
     # Fewer for values, and the compiler runs their products one at a time.
     for_values = 160
     for_scores, for_gather = (128, 64) if is_converted(row_format) else (112, 80)
-    if row_format.block_scales:
-        for_scores, for_gather = 136, 56
     return Program(
         WIDE_HEADS,
         shared_bytes(row_format),

@@ -204,8 +204,6 @@ class _Converter(_Rows):
 
         # As many as there are registers for.
         ahead = 3 if scale is not None and scale.rest is None else 2
-        if scale is None and self.block.shape.splits == 1:
-            ahead = 4
 
         def load(first: int) -> list[list[Value]]:
             parts = range(first, min(first + ahead, PARTS))

@@ -137,9 +137,7 @@ class _Softmax:
         def load(pair: int) -> list[Value]:
             return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
 
-        row_format = self.block.format
-        few_registers = is_converted(row_format) and not row_format.block_scales
-        if few_registers or self.block.shape.has_max_logits:
+        if is_converted(self.block.format) or self.block.shape.has_max_logits:
             return load
         return [load(pair) for pair in range(PAIRS)].__getitem__
 
