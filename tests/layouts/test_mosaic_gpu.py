@@ -14,7 +14,6 @@ from jmla.cache import Cache, append, init_cache
 from jmla.layouts import (
     FP8Rows,
     IndexKeyRows,
-    KVLayout,
     Rows,
     convert,
     dequantize,
@@ -33,20 +32,11 @@ from tests.layouts.bits import (
     without_nan,
     without_subnormal,
 )
-from tests.layouts.cases import BLOCK, RAW
+from tests.layouts.cases import BLOCK, FORMATS, RAW
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
-FORMATS: dict[str, tuple[KVLayout, dict[str, Any]]] = {
-    "bf16": (KVLayout.BF16, {}),
-    "fp8": (RAW, {}),
-    "fp8_scale": (RAW, {"scale": 0.3}),
-    "pow2": (BLOCK, {"scale_format": "pow2"}),
-    "fp32": (BLOCK, {"scale_format": "fp32"}),
-    "fp4": (KVLayout.FP4, {}),
-    "v4": (KVLayout.FP8_V4, {}),
-}
 # XLA on the CPU may divide subnormal numbers as zeros.
 DIVIDED = ("fp32", "fp8_scale")
 every_format = pytest.mark.parametrize("name", FORMATS)
