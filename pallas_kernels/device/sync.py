@@ -47,10 +47,35 @@ class Barriers:
         """One arrival by this thread."""
         ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", self.at(index))
 
-    def arrive_warp(self, index: Value | int, thread: Thread) -> None:
-        """One arrival by this warp, after all its lanes have come here."""
+    def arrive_warp(self, index: Value | int, thread: Thread, *, expected: int = 0) -> None:
+        """One arrival by this warp, after all its lanes have come here.
+
+        Args:
+            index: of the barrier.
+            thread: this one.
+            expected: bytes from other blocks that the phase waits for, too.
+        """
         ptx("bar.warp.sync -1;", convergent=True)
-        when(thread.lane.equals(0), lambda: self.arrive(index))
+
+        def arrive() -> None:
+            if expected:
+                text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {expected};"
+                ptx(text, self.at(index))
+            else:
+                self.arrive(index)
+
+        when(thread.lane.equals(0), arrive)
+
+    def arrive_warp_in_pair(self, index: Value | int, thread: Thread) -> None:
+        """One arrival by this warp at this barrier of both blocks of a cluster of two."""
+        ptx("bar.warp.sync -1;", convergent=True)
+
+        def arrive() -> None:
+            place = in_block(self.at(index), thread.lane)
+            # A release for the cluster would wait for memory: 1 µs.
+            ptx("mbarrier.arrive.shared::cluster.b64 _, [$0];", place)
+
+        when(thread.lane < 2, arrive)
 
     def arrive_on_copies(self, index: Value | int) -> None:
         """One arrival for this thread once its `cp.async` copies so far have landed."""
@@ -115,9 +140,45 @@ def wait_cluster() -> None:
     ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
 
 
-def in_first_block(address: Value) -> Value:
-    """Where the first block of the cluster has what this one has at an address."""
-    return ptx("mapa.shared::cluster.u32 $0, $1, 0;", address, out="r", pure=True)[0]
+def in_block(address: Value, rank: Value) -> Value:
+    """Where a block of the cluster has what this one has at an address."""
+    return ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, rank, out="r", pure=True)[0]
+
+
+def store_in_block(place: Value, word: Value, barrier: Value) -> None:
+    """Begins to store a word in a block of the cluster.
+
+    Args:
+        place: from `in_block`.
+        word: of 32 bits.
+        barrier: of that block, from `in_block`; it is told of the bytes when they are there.
+    """
+    ptx(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];",
+        place,
+        word,
+        barrier,
+    )
+
+
+def copy_to_block(place: Value, source: Value, size: int, barrier: Value) -> None:
+    """Begins to copy shared memory to that of a block of the cluster.
+
+    Ordinary writes to the source want a `proxy_fence` before.
+
+    Args:
+        place: from `in_block`, a multiple of 16 like the source.
+        source: the address here.
+        size: bytes, a multiple of 16.
+        barrier: of that block, from `in_block`; it is told of the bytes when they are there.
+    """
+    ptx(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        f"[$0], [$1], {size}, [$2];",
+        place,
+        source,
+        barrier,
+    )
 
 
 def any_of(number: int, threads: int, condition: Value) -> Value:

@@ -25,7 +25,7 @@ from pallas_kernels.device.simt import (
     sum_below,
     when,
 )
-from pallas_kernels.device.sync import in_first_block
+from pallas_kernels.device.sync import in_block
 from pallas_kernels.select_topk.block import BINS, DIGIT, Block, Histogram
 from pallas_kernels.select_topk.sources import Group
 
@@ -115,7 +115,7 @@ class Keeper:
         header, kept = block.shared["header"], block.shared["kept"]
         if not cluster:
             return cls(block, capacity, header, kept, "shared")
-        header, kept = in_first_block(header), in_first_block(kept)
+        header, kept = in_block(header, i32(0)), in_block(kept, i32(0))
         return cls(block, capacity, header, kept, "shared::cluster")
 
     @staticmethod

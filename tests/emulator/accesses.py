@@ -121,7 +121,7 @@ def wait(match: re.Match, address: np.ndarray, parity: np.ndarray, limit: int) -
 @instruction(r"bar\.sync", targets=0)
 def meet(match: re.Match, number: int, threads: int | None = None) -> None:
     block = current().block
-    block.barriers.meet(number, threads or LANES * len(block.warpgroups))
+    block.barriers.meet(number, threads or LANES * block.warpgroups_of_one)
 
 
 @instruction(r"bar\.red\.or\.pred")

@@ -1,11 +1,12 @@
-"""One block of a grid: its memory, its barriers and its warpgroups."""
+"""One block of a grid, or those of a cluster: memory, barriers and warpgroups."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 import tests.emulator.accesses
-import tests.emulator.arithmetic  # noqa: F401
+import tests.emulator.arithmetic
+import tests.emulator.cluster  # noqa: F401
 from tests.emulator.barriers import Barriers
 from tests.emulator.clocks import Clocks
 from tests.emulator.copies import Copies
@@ -20,7 +21,7 @@ REGISTERS = 512  # of a thread of each warpgroup, in sum
 
 
 class Block:
-    """A block while it runs.
+    """A block while it runs, or the blocks of a cluster, which then share all of this.
 
     Attributes:
         memory: of the launch.
@@ -29,6 +30,8 @@ class Block:
         barriers: of both kinds.
         warpgroups: in order.
         number: in the grid.
+        warpgroups_of_one: of one block.
+        running: warpgroups of each block.
         registers: per thread, of the warpgroups that have said so.
     """
 
@@ -41,14 +44,17 @@ class Block:
         *,
         seed: int,
         watchers: Sequence[Watcher],
+        blocks: int = 1,
     ) -> None:
-        self.number, self.memory = number, memory
-        self.clocks = Clocks(WARPS * warpgroups)
-        self.shared = SharedMemory(sizes, self.clocks)
+        self.number, self.memory, self.warpgroups_of_one = number, memory, warpgroups
+        count = blocks * warpgroups
+        self.clocks = Clocks(WARPS * count, couriers=blocks > 1)
+        self.shared = SharedMemory(sizes, self.clocks, blocks)
         self.shared.watchers += watchers
         self._scheduler = Scheduler(seed)
         self.barriers = Barriers(self.shared, self.clocks, self._scheduler)
-        self.warpgroups = [Warpgroup(self, i, Copies(), Products()) for i in range(warpgroups)]
+        self.warpgroups = [Warpgroup(self, i, Copies(), Products()) for i in range(count)]
+        self.running = [warpgroups] * blocks
         self.registers: dict[int, int] = {}
 
     def run(self, code: Callable[[], None]) -> None:
@@ -61,13 +67,14 @@ class Block:
                 code()
             group.copies.expect_none()
             group.products.expect_none()
+            self.running[group.rank] -= 1
 
         self._scheduler.run(
             [
-                (f"warpgroup {group.number}", lambda group=group: main(group))  # type: ignore[misc]
+                (f"warpgroup {group.index}", lambda group=group: main(group))  # type: ignore[misc]
                 for group in self.warpgroups
             ]
         )
-        used = sum(self.registers.values())
+        used = sum(self.registers.values()) // len(self.running)
         if used > REGISTERS or any(count % 8 for count in self.registers.values()):
             raise Fault(f"{self.registers=}: expected multiples of 8, in sum {REGISTERS=}")

@@ -62,6 +62,8 @@ class Launcher:
         thread_name: str = "warpgroup",
         scratch_types: Sequence[int] = (),
         compiler_params: Any,
+        cluster: tuple[int] = (1,),
+        cluster_names: tuple[str, ...] = (),
     ) -> Callable[..., list[np.ndarray]]:
         def launch(*operands: Any) -> list[np.ndarray]:
             updated = [i for i, each in enumerate(operands) if isinstance(each, Mutable)]
@@ -79,6 +81,7 @@ class Launcher:
                     num_threads,
                     seed=self.seed,
                     watchers=self.watchers,
+                    blocks=cluster[0],
                 )
                 shared = [Reference(address, 32) for address in block.shared.addresses]
                 block.run(lambda shared=shared: code(*arrays, *shared))  # type: ignore[misc]
@@ -95,9 +98,10 @@ def _inline_mgpu(code: Code) -> Code:
 
 def _axis_index(name: str) -> Index:
     group = current()
-    return Index(group.number if name == "warpgroup" else group.block.number)
+    places = {"warpgroup": group.number, "part": group.rank}
+    return Index(places.get(name, group.block.number))
 
 
 def _set_max_registers(count: int, *, action: str) -> None:
     group = current()
-    group.block.registers[group.number] = count
+    group.block.registers[group.index] = count

@@ -5,11 +5,14 @@ import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tests.emulator import arith
-from tests.emulator.lanes import F32Type, IntegerType, Lanes, Type
+from tests.emulator.lanes import LANES, F32Type, IntegerType, Lanes, Type
 from tests.emulator.products import Sum
 from tests.emulator.ptx import execute
-from tests.emulator.warpgroup import current
+from tests.emulator.shared_memory import REGION
+from tests.emulator.warpgroup import Warpgroup, current
 
 
 class Reference(NamedTuple):
@@ -21,6 +24,12 @@ class Reference(NamedTuple):
 
 class Index(int):
     """The number of a block, as Mosaic gives it to code for single threads."""
+
+    def __mul__(self, other: int) -> "Index":
+        return Index(int(self) * other)
+
+    def __add__(self, other: int) -> "Index":
+        return Index(int(self) + other)
 
     @property
     def registers(self) -> "Index":
@@ -72,7 +81,12 @@ def _settled(operand: Lanes) -> Lanes:
 def _ptrtoint(kind: IntegerType, pointer: Reference) -> Lanes:
     if kind.width != pointer.width:
         raise TypeError(f"{kind=}: expected the width of {pointer=}")
-    return arith.constant(kind, pointer.address)
+    in_its_block = REGION * current().rank if pointer.width == 32 else 0
+    return arith.constant(kind, pointer.address + in_its_block)
+
+
+def _thread_idx(group: Warpgroup) -> Lanes:
+    return Lanes(group.threads - np.uint32(group.rank * group.block.warpgroups_of_one * LANES))
 
 
 ir = types.SimpleNamespace(IntegerType=IntegerType, F32Type=F32Type)
@@ -85,5 +99,5 @@ llvm = types.SimpleNamespace(
 mgpu_utils = types.SimpleNamespace(
     inline_ptx=_inline_ptx,
     memref_ptr=lambda reference: reference,
-    thread_idx=lambda: Lanes(current().threads),
+    thread_idx=lambda: _thread_idx(current()),
 )

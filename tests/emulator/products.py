@@ -10,6 +10,7 @@ from tests.emulator.arithmetic import FLOATS, pairs
 from tests.emulator.faults import Fault
 from tests.emulator.lanes import LANES, WARP, F32Type, Lanes, Type
 from tests.emulator.ptx import instruction
+from tests.emulator.shared_memory import REGION
 from tests.emulator.warpgroup import WARPS, Warpgroup, current
 
 K = 16
@@ -118,6 +119,7 @@ class Products:
         # The bits of the address choose, wherever the operand begins.
         if at.swizzled:
             addresses ^= ((addresses >> 7) & 7) << 4
+        addresses += group.rank * REGION
         loaded = group.block.shared.multiplied(addresses)
         words = (addresses >> 2).ravel()
         group.block.shared.races.begin_product(words, _warps(group))
@@ -171,7 +173,7 @@ def _plain_offsets(rows: int, transposed: bool, atoms: int, columns: int) -> np.
 
 
 def _warps(group: Warpgroup) -> range:
-    return range(group.number * WARPS, (group.number + 1) * WARPS)
+    return range(group.index * WARPS, (group.index + 1) * WARPS)
 
 
 def _thread() -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The shared memory of a block: what lies where, what has been written, who may access it."""
+"""The shared memory of a block, or of a cluster: what lies where, who may access it."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from tests.emulator.warpgroup import current
 
 ALIGNMENT = 1024
 LARGEST = 227 * 1024  # of all arrays
-_SIZE = 1 << 18  # of what a descriptor addresses
+REGION = 1 << 18  # of a block: what a descriptor addresses
 _UNWRITTEN = 0x7FFFDEAD  # a NaN
 
 _COMBINED: dict[str, Callable[[int, int], int]] = {
@@ -28,26 +28,29 @@ Watcher = Callable[[int, np.ndarray, np.ndarray], None]
 class SharedMemory:
     """Arrays at multiples of 1024 bytes, with room between them that nothing may touch."""
 
-    def __init__(self, sizes: Sequence[int], clocks: Clocks) -> None:
+    def __init__(self, sizes: Sequence[int], clocks: Clocks, blocks: int) -> None:
         used = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         if used > LARGEST:
             raise Fault(f"{used=} bytes of shared memory: {LARGEST=}")
         self.addresses: list[int] = []
-        self._data = np.full(_SIZE // 4, _UNWRITTEN, np.uint32)
-        self._known = np.zeros(_SIZE, bool)
-        self._usable = np.zeros(_SIZE // 4, bool)
+        self._data = np.full(blocks * REGION // 4, _UNWRITTEN, np.uint32)
+        self._known = np.zeros(blocks * REGION, bool)
+        self._usable = np.zeros(blocks * REGION // 4, bool)
         end = ALIGNMENT
         for size in sizes:
             self.addresses.append(end)
-            self._usable[end // 4 : (end + size) // 4] = True
+            for first in range(end, len(self._known), REGION):
+                self._usable[first // 4 : (first + size) // 4] = True
             end += -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        self.races = Races(_SIZE // 4, clocks, self.describe)
+        self.races = Races(len(self._data), clocks, self.describe)
         self.watchers: list[Watcher] = []
 
     def describe(self, address: int) -> str:
         """An address as an offset in an array."""
-        at = sum(first <= address for first in self.addresses) - 1
-        return f"shared array {at} at {address - self.addresses[max(at, 0)]:#x}"
+        rank, offset = divmod(address, REGION)
+        at = sum(first <= offset for first in self.addresses) - 1
+        place = f"shared array {at} at {offset - self.addresses[max(at, 0)]:#x}"
+        return place if len(self._known) == REGION else f"{place} of block {rank}"
 
     def load(self, addresses: np.ndarray, count: int) -> np.ndarray:
         """`count` words of each running thread [128, count]; noise of the others."""
@@ -118,9 +121,20 @@ class SharedMemory:
         first = addresses[group.mask].astype(np.int64)
         if (first % size).any():
             raise Fault(f"{self.describe(int(first[first % size != 0][0]))}: misaligned, {size=}")
+        others = (first // REGION != group.rank) & (first < len(self._known))
+        if others.any():
+            raise Fault(f"{self.describe(int(first[0]))}: {group.rank=} accesses another block")
         for watcher in self.watchers:
             watcher(size, first, group.threads[group.mask])
         words = (first >> 2)[:, None] + np.arange(size // 4)
+        self._expect_usable(words)
+        return words
+
+    def moved(self, address: int, size: int) -> np.ndarray:
+        """The words of `size` bytes that come from or go to another block."""
+        if address % min(size, 16):
+            raise Fault(f"{self.describe(address)}: misaligned, {size=}")
+        words = (address >> 2) + np.arange(size // 4)
         self._expect_usable(words)
         return words
 

@@ -12,6 +12,7 @@ import pytest
 from tests.emulator.faults import Fault
 from tests.emulator.kernels import Kernels, kernels
 from tests.emulator.lanes import LANES
+from tests.emulator.shared_memory import REGION
 from tests.emulator.warpgroup import current
 
 
@@ -23,8 +24,11 @@ class Device:
         self.simt, self.memory, self.sync, self.wgmma = (
             copied.modules[f"device.{name}"] for name in names
         )
-        self.group, self.thread = current().number, self.simt.Thread.current()
-        self.place, barrier = (self.simt.i32(at) for at in current().block.shared.addresses)
+        group = current()
+        self.group, self.rank, self.thread = group.number, group.rank, self.simt.Thread.current()
+        self.place, barrier = (
+            self.simt.i32(at + REGION * group.rank) for at in group.block.shared.addresses
+        )
         self.barrier = self.sync.Barriers(barrier, 1)
         self.source = self.memory.global_address(source)
 
@@ -63,7 +67,7 @@ class Device:
         return self.wgmma.step(acc, left, operand, dtype="f16", b_is_k_major=True)
 
 
-def run(program: Callable[[Device], None], warpgroups: int = 2) -> None:
+def run(program: Callable[[Device], None], warpgroups: int = 2, blocks: int = 1) -> None:
     copied = kernels()
     launch = copied.launcher.plgpu.kernel(
         lambda source, *_: program(Device(copied, source)),
@@ -73,6 +77,8 @@ def run(program: Callable[[Device], None], warpgroups: int = 2) -> None:
         num_threads=warpgroups,
         scratch_types=[1 << 16, 8],
         compiler_params=None,
+        cluster=(blocks,),
+        cluster_names=("part",),
     )
     launch(np.zeros(64, np.int32))
 
@@ -209,6 +215,68 @@ def test_places(offset: int, words: int, message: str):
 
     with pytest.raises(Fault, match=message):
         run(program, warpgroups=1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, None),
+        ("no wait", "not ordered"),
+        ("no fence", "not ordered"),
+        ("overwritten", "has been read"),
+        ("too few bytes", "deadlock.*-256 bytes"),
+        ("too many bytes", "deadlock.* 256 bytes"),
+        ("no barrier yet", "no barrier was initialised"),
+        ("no farewell", "has ended"),
+        ("plain store", "accesses another block"),
+    ],
+)
+def test_copies_to_the_other_block_of_a_cluster(
+    fault: str | None, message: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """From the first block, whose warps send 128 bytes each, to the second."""
+
+    def program(device: Device) -> None:
+        sync, first = device.sync, device.rank == 0
+        other = sync.in_block(device.place, device.simt.i32(1 - device.rank)) - device.place
+        if fault != "no barrier yet":
+            device.start()
+        sync.arrive_cluster()
+        sync.wait_cluster()
+        if first:
+            device.store(1)
+            if fault != "no fence":
+                sync.proxy_fence()
+            device.simt.ptx("bar.warp.sync -1;", convergent=True)
+            if fault == "plain store":
+                device.store(1, offset=REGION)
+
+            def send() -> None:
+                source = device.place + device.thread.warp * 128
+                barrier = device.barrier.at(0) + other
+                sync.copy_to_block(source + other, source, 128, barrier)
+
+            device.simt.when(device.thread.lane.equals(0), send)
+            if fault == "overwritten":
+                device.store(2)
+        elif fault != "no farewell":
+            expected = {"too few bytes": 64, "too many bytes": 192}.get(fault or "", 128)
+            if fault != "no barrier yet":
+                device.barrier.arrive_warp(0, device.thread, expected=expected)
+            if fault != "no wait":
+                device.wait()
+            assert (device.load(turned=77) == 1).all()
+        if fault != "no farewell":
+            sync.arrive_cluster()
+            sync.wait_cluster()
+
+    if fault is None:
+        run(program, warpgroups=1, blocks=2)
+        return
+    with pytest.raises(Fault, match=message):
+        for seed in range(8):  # of which some find the second block at its end
+            monkeypatch.setattr(kernels().launcher, "seed", seed)
+            run(program, warpgroups=1, blocks=2)
 
 
 def test_global_memory_ends_where_an_array_does():

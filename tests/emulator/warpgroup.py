@@ -22,19 +22,24 @@ class Warpgroup:
     """128 threads in step.
 
     Attributes:
-        block: it belongs to.
-        number: in the block.
-        threads: their numbers in the block.
+        block: it belongs to, or the blocks of a cluster.
+        index: among all of their warpgroups.
+        rank: of its block in the cluster.
+        number: in its block.
+        threads: their numbers among those of all warpgroups.
         mask: which of them run.
         copies: that it has under way.
         products: the same.
+        cluster_meetings: how often it has come to the cluster's barrier.
     """
 
-    def __init__(self, block: "Block", number: int, copies: "Copies", products: "Products") -> None:
-        self.block, self.number = block, number
+    def __init__(self, block: "Block", index: int, copies: "Copies", products: "Products") -> None:
+        self.block, self.index = block, index
+        self.rank, self.number = divmod(index, block.warpgroups_of_one)
         self.copies, self.products = copies, products
-        self.threads = np.arange(number * LANES, (number + 1) * LANES, dtype=np.uint32)
+        self.threads = np.arange(index * LANES, (index + 1) * LANES, dtype=np.uint32)
         self.mask = np.ones(LANES, bool)
+        self.cluster_meetings = 0
 
     @contextlib.contextmanager
     def only(self, condition: np.ndarray) -> Iterator[bool]:
@@ -47,9 +52,9 @@ class Warpgroup:
             self.mask = before
 
     def lanes_of_warps(self) -> list[tuple[int, int]]:
-        """The warps of which lanes run, by their numbers in the block, and how many lanes."""
+        """The warps of which lanes run, by their numbers among all, and how many lanes."""
         counts = self.mask.reshape(WARPS, WARP).sum(1)
-        return [(self.number * WARPS + w, int(n)) for w, n in enumerate(counts) if n]
+        return [(self.index * WARPS + w, int(n)) for w, n in enumerate(counts) if n]
 
     def whole_warps(self, text: str) -> list[int]:
         """The warps that run.
