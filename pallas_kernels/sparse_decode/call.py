@@ -109,7 +109,7 @@ def sparse_decode(
             operands["lengths"] = each.lengths
         if shape.has_sink and attn_sink is not None:
             operands["sink"] = attn_sink
-        results.append(_launch(_program(FORMATS[each.format], choice), shape, operands))
+        results.append(_launch(_program(FORMATS[each.format], choice, heads), shape, operands))
     top = None
     if with_max_logits:
         tops = [part for each in results for part in each["max_logits"]]
@@ -119,9 +119,9 @@ def sparse_decode(
     return Results(*join([(each["out"], each["lse"]) for each in results], attn_sink), top)
 
 
-def _program(row_format: RowFormat, choice: Choice) -> Program:
+def _program(row_format: RowFormat, choice: Choice, heads: int) -> Program:
     if choice.wide:
-        return wide.program(row_format)
+        return wide.program(row_format, heads)
     return narrow.program(row_format, tuning_for(row_format, choice.heads))
 
 

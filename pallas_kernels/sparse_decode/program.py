@@ -25,12 +25,15 @@ class Program:
             in shared and in global memory, and its number in the grid; it has `initialise`.
         roles: registers per thread and code of each warpgroup. The registers are multiples of 8,
             in sum at most 512: more would stop the kernel for ever.
+        cluster: neighbouring blocks that run at the same time and can write to one another's
+            shared memory. If there are more than one, the block has `leave`, too.
     """
 
     heads: int
     shared: Mapping[str, int]
     block: Callable[[Any, Any, Any, Any], Any]
     roles: Sequence[tuple[int, Callable[[Any], None]]]
+    cluster: int = 1
 
 
 def launch(
@@ -48,14 +51,20 @@ def launch(
         shape: what the launch computes, for `program.block`.
         operands: the arrays that blocks read, under the names they know them by.
         results: the arrays that they write.
-        blocks: of the grid.
+        blocks: of the grid, a multiple of the program's clusters.
     """
     names = [*operands, *results]
+    # A cluster of one block is not the same as none: it takes longer to start.
+    cluster: dict[str, Any] = {}
+    if program.cluster > 1:
+        cluster = {"cluster": (program.cluster,), "cluster_names": ("part",)}
 
     def kernel(*refs: Any) -> None:
         arrays = dict(zip(names, refs, strict=False))
         shared = dict(zip(program.shared, refs[len(names) :], strict=True))
         number = lax.axis_index("block")
+        if program.cluster > 1:
+            number = number * program.cluster + lax.axis_index("part")
 
         def run(code: Callable[[Any], None]) -> None:
             @plgpu.inline_mgpu(
@@ -82,12 +91,14 @@ def launch(
         run(lambda block: block.initialise())
         for warpgroup, (registers, code) in enumerate(program.roles):
             role(warpgroup, registers, code)
+        if program.cluster > 1:
+            run(lambda block: block.leave())
 
     call = plgpu.kernel(
         kernel,
         out_type=tuple(results.values()),
         # One axis: the others end at 65535.
-        grid=(blocks,),
+        grid=(blocks // program.cluster,),
         grid_names=("block",),
         num_threads=len(program.roles),
         thread_name="warpgroup",
@@ -95,5 +106,6 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
+        **cluster,
     )
     return dict(zip(results, call(*operands.values()), strict=True))

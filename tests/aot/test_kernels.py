@@ -48,7 +48,7 @@ for b, heads in shapes:
     temporary.append(bytes_of(program)[0])
 print(json.dumps(temporary))
 """
-FULL_BATCH = [(128, 16), (128, 32), (128, 64)]
+FULL_BATCH = [(128, 16), (128, 32), (128, 64), (128, 128)]
 
 
 def compiled(

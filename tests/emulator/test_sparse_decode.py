@@ -131,6 +131,34 @@ def test_nan_in_a_named_row_reaches_its_results_alone(program: Program):
     assert np.isfinite(np.asarray(out[1], np.float32)).all() and np.isfinite(lse[1]).all()
 
 
+@pytest.mark.parametrize("name", ["pow2 wide", "fp32 wide", "packed pow2 wide"])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_pairs_of_blocks(name: str, splits: int, monkeypatch: pytest.MonkeyPatch):
+    """That convert half of the rows each: lists of all kinds of lengths, in another order each."""
+    form, lengths = PROGRAMS[name].form, np.array([5 * 64 + 1, 0, 64, 131])
+    indices = random_indices(2, 4, 1, 350, slots=150, bad=0.1)
+    rows = poison_all(rows_of(form, 1, 150), indices)
+    q, sink = queries(0, 4, 101, rows), np.linspace(-3, 9, 101, dtype=np.float32)
+    monkeypatch.setattr(kernels().launcher, "seed", splits)
+    ours = decode(
+        q, rows, indices, kind=(True, 64), num_splits=splits, topk_length=lengths, attn_sink=sink
+    )
+    exact = exact_decode(q, [(rows, indices, lengths)], sm_scale=SCALE, attn_sink=sink)
+    assert_exact(ours, exact, lse_abs=lse_tolerance(form))
+    # The same blocks of keys, by blocks that share nothing.
+    alone = decode(
+        q[:, :, :64],
+        rows,
+        indices,
+        kind=(True, 64),
+        num_splits=splits,
+        topk_length=lengths,
+        attn_sink=sink[:64],
+    )
+    for one, both in zip(alone, ours, strict=True):
+        same_bits(one, both[:, :, :64])
+
+
 @pytest.mark.parametrize("name", sorted({"fp4 64", "v4 64"} | set(_PLAIN) & set(_FEW)))
 @pytest.mark.parametrize("splits", [1, 2])
 def test_largest_logits(name: str, splits: int):

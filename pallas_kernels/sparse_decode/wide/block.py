@@ -16,12 +16,21 @@ from pallas_kernels.device.simt import (
     select,
     when,
 )
-from pallas_kernels.device.sync import BYTES, Barriers
+from pallas_kernels.device.sync import (
+    BYTES,
+    Barriers,
+    Ring,
+    arrive_cluster,
+    proxy_fence,
+    wait_cluster,
+)
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, WIDE_HEADS, Shape
 
 PARTS = RANK // COLUMNS
 STAGES = 2
+SHARES = 4  # of the weights P of a block of keys, at most
+PAIR = 2  # blocks that share the conversion of their rows
 WARPS = 4  # of a warpgroup
 CONSUMER_WARPS = 12
 COLUMN_TILE = TILE * wgmma.ROW_BYTES  # bytes of 64 columns of 64 rows, keys or heads
@@ -37,10 +46,10 @@ class SmallMemory(NamedTuple):
         rope: rotary values on their way to a stage.
         scales: block scales on their way.
         full: a stage's rows are there.
-        empty: they are no longer needed.
-        weighted: a stage's weights P are there, in place of its rotary values.
+        empty: they are no longer needed, by either block of a pair.
+        weighted: a share of a stage's weights P is there.
         query: the query is there.
-        taken: what of it lay in the second stage is no longer needed there.
+        taken: what of it lay in the second stage is no longer needed there, in either block.
         factor: the outputs' factors are there.
         raised: per stage and warp of heads, whether its block raised the reference of any head.
         tokens: per stage and key two bf16: a logarithm added to its logits, -inf to mask it, and
@@ -68,7 +77,8 @@ class SmallMemory(NamedTuple):
     def layout(cls) -> "SmallMemory":
         """Laid out one after the other."""
         sizes = [COLUMN_TILE, TILE * SCALES_BYTES]
-        sizes += [BYTES * STAGES] * 3 + [BYTES] * 3 + [4 * WARPS * STAGES]
+        sizes += [BYTES * STAGES] * 2 + [BYTES * STAGES * SHARES] + [BYTES] * 3
+        sizes += [4 * WARPS * STAGES]
         sizes += [4 * TILE * STAGES, 4 * WIDE_HEADS]
         offsets, end = [], 0
         for size in sizes:
@@ -90,7 +100,7 @@ def held_tiles(row_format: RowFormat) -> int:
     return 4 if is_converted(row_format) else 0
 
 
-def shared_bytes(row_format: RowFormat) -> dict[str, int]:
+def shared_bytes(row_format: RowFormat, *, paired: bool) -> dict[str, int]:
     """The arrays in shared memory and their sizes."""
     sizes = {
         "query": TILE_BYTES - held_tiles(row_format) * COLUMN_TILE,
@@ -98,7 +108,10 @@ def shared_bytes(row_format: RowFormat) -> dict[str, int]:
         "small": MEMORY.size,
     }
     if is_converted(row_format):
-        sizes["raw"] = TILE * RANK  # rows as they are stored, on their way to a stage
+        # Rows as they are stored, on their way to a stage.
+        sizes["raw"] = TILE * RANK // (PAIR if paired else 1)
+    if paired:
+        sizes["weights"] = STAGES * COLUMN_TILE
     assert sum(-(-size // 1024) * 1024 for size in sizes.values()) <= SHARED_BYTES
     return sizes
 
@@ -109,6 +122,7 @@ class Block(Task):
     def __init__(
         self,
         row_format: RowFormat,
+        paired: bool,
         shape: Shape,
         shared: Mapping[str, Any],
         arrays: Mapping[str, Any],
@@ -118,22 +132,30 @@ class Block(Task):
 
         Args:
             row_format: of the cache.
+            paired: whether it shares its rows with the other block of a cluster.
             shape: of the launch.
             shared: references to the arrays of `shared_bytes`.
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
         super().__init__(shape, WIDE_HEADS, arrays, scalar(number))
-        self.format = row_format
+        self.format, self.paired = row_format, paired
+        if paired:
+            self.rank = scalar(number) % PAIR
+        # The second product begins with the first share of the weights. It ends later for that, and
+        # its end is what a pair waits for.
+        self.shares = 1 if paired else SHARES
         self.thread = Thread.current()
         self.query, self.tiles, self.small = (
             shared_address(shared[name]) for name in ("query", "tiles", "small")
         )
         if is_converted(row_format):
             self.raw = shared_address(shared["raw"])
+        if paired:
+            self._weights = shared_address(shared["weights"])
         self.full = Barriers(self.small + MEMORY.full, STAGES)
         self.empty = Barriers(self.small + MEMORY.empty, STAGES)
-        self.weighted = Barriers(self.small + MEMORY.weighted, STAGES)
+        self.weighted = Barriers(self.small + MEMORY.weighted, STAGES * SHARES)
         self.query_ready = Barriers(self.small + MEMORY.query, 1)
         self.query_taken = Barriers(self.small + MEMORY.taken, 1)
         self.factor_ready = Barriers(self.small + MEMORY.factor, 1)
@@ -141,17 +163,38 @@ class Block(Task):
     def initialise(self) -> None:
         """By one thread of the block; all must meet afterwards."""
 
+        sharers = PAIR if self.paired else 1
+
         def once() -> None:
             self.full.initialise(WARPS + (0 if is_converted(self.format) else WARPGROUP))
-            self.empty.initialise(2 * WARPS)
+            self.empty.initialise(2 * WARPS * sharers)
             self.weighted.initialise(WARPS)
             self.query_ready.initialise(CONSUMER_WARPS)
-            self.query_taken.initialise(WARPS)
+            self.query_taken.initialise(WARPS * sharers)
             self.factor_ready.initialise(WARPS)
 
         when(block_thread().equals(0), once)
         ptx("fence.mbarrier_init.release.cluster;")
+        if self.paired:
+            arrive_cluster()
         ptx("bar.sync 0;", convergent=True)
+
+    def meet(self) -> None:
+        """Waits for the other block of a pair to have its barriers."""
+        if self.paired:
+            wait_cluster()
+
+    def leave(self) -> None:
+        """Meets the other block of the pair: neither may end before the other's last arrival."""
+        arrive_cluster()
+        wait_cluster()
+
+    def release(self, barriers: Barriers, index: Value | int) -> None:
+        """This warp no longer needs what either block of a pair may write next."""
+        if self.paired:
+            barriers.arrive_warp_in_pair(index, self.thread)
+        else:
+            barriers.arrive_warp(index, self.thread)
 
     def query_tile(self, part: Value) -> Value:
         """The address of 64 columns of the query, before some of them are held in registers."""
@@ -163,6 +206,20 @@ class Block(Task):
     def tile(self, slot: Value) -> Value:
         """The address of a stage's rows."""
         return self.tiles + slot * TILE_BYTES
+
+    def wait_for_rows(self, ring: Ring) -> None:
+        """Until the tensor cores may read the rows of a stage."""
+        self.full.wait(ring.slot, ring.phase)
+        if not self.paired:
+            # Converted rows were written by ordinary stores; blocks of a pair have had their fence.
+            proxy_fence()
+
+    def weights(self, slot: Value) -> Value:
+        """The address of a stage's weights P."""
+        if self.paired:
+            # What they would replace may still be on its way to the other block.
+            return self._weights + slot * COLUMN_TILE
+        return self.tile(slot) + ROPE_TILE
 
     def head_row(self) -> Value:
         """The upper of the two heads that this thread has of a product."""

@@ -1,6 +1,7 @@
 """The warpgroup that brings the named rows into shared memory, as the tensor cores take them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import (
@@ -13,6 +14,7 @@ from pallas_kernels.device.memory import (
     store_shared,
 )
 from pallas_kernels.device.row_formats import (
+    COLUMNS,
     TILE,
     Part,
     RowFormat,
@@ -38,11 +40,12 @@ from pallas_kernels.device.simt import (
     shuffle,
     when,
 )
-from pallas_kernels.device.sync import Ring
+from pallas_kernels.device.sync import Ring, copy_to_block, in_block, proxy_fence, store_in_block
 from pallas_kernels.sparse_decode.task import row_or_first
 from pallas_kernels.sparse_decode.wide.block import (
     COLUMN_TILE,
     MEMORY,
+    PAIR,
     PARTS,
     ROPE_TILE,
     SCALES_BYTES,
@@ -51,8 +54,13 @@ from pallas_kernels.sparse_decode.wide.block import (
     is_converted,
 )
 
-ROWS = 2  # of a thread, eight apart
+ROWS = 2  # of a thread, eight apart; one, if the other block of a pair has the other half
 MASKED = 0x0000FF80  # bias -inf, weight 0
+# What the other block of a pair stores in a stage for each warp here: eight rows and their tokens.
+WARP_BYTES = 8 * (2 * COLUMNS * (PARTS + 1) + 4)
+# Columns that set out for the other block when so many parts of a row are converted: as one part is
+# copied the next is converted, and every time costs a fence.
+SENT_AFTER = {4: (PARTS, 0, 1, 2, 3), 8: (4, 5, 6, 7)}
 
 
 def gather(block: Block) -> None:
@@ -68,7 +76,12 @@ def gather(block: Block) -> None:
 
 
 class _Rows:
-    """Which rows a thread has: eight lie side by side in a warp, four threads each."""
+    """Which rows a thread has: eight lie side by side in a warp, four threads each.
+
+    Attributes:
+        rows: how many of a thread.
+        row: the first.
+    """
 
     def __init__(self, block: Block) -> None:
         self.block, self.thread = block, block.thread
@@ -76,14 +89,19 @@ class _Rows:
         self.first, self.last = block.key_blocks(length)
         end = self.last * TILE
         self.end = select(end < length, end, length)
-        self.row = self.thread.warp * 16 + self.thread.quad
+        self.rows = 1 if block.paired else ROWS
+        self.row = self.thread.warp * (8 * self.rows) + self.thread.quad
+        if block.paired:
+            self.row = self.row + block.rank * (TILE // PAIR)
+            # How far away the other block of the pair has everything.
+            self.other = in_block(block.small, block.rank ^ 1) - block.small
         indices = global_address(block.arrays["indices"])
         self.indices = indices + block.row.wide() * (4 * block.shape.topk)
 
     def slots(self, number: Value) -> list[Value]:
         """The slots of this thread's rows of a block of keys; -1 is masked."""
         shape, slots = self.block.shape, []
-        for r in range(ROWS):
+        for r in range(self.rows):
             place = number * TILE + self.row + 8 * r
             safe = minimum(place, shape.topk - 1)
             (slot,) = load_global(self.indices + safe.wide() * 4, "r")
@@ -102,13 +120,17 @@ class _Rows:
         contribute, and f16 holds these, too.
         """
         place = self.block.small + slot * (4 * TILE) + opaque(self.row) * 4
+        place = place + MEMORY.tokens
         bias = f32(0.0) if scale is None else scale.bias
         weight = f32(1.0) if scale is None else scale.inverse
         word = select(slots[r] < 0, i32(MASKED), pack_bf16(bias, weight))
-        when(
-            self.thread.column.equals(0),
-            lambda: store_shared(place, [word], MEMORY.tokens + 32 * r),
-        )
+
+        def store() -> None:
+            store_shared(place, [word], 32 * r)
+            if self.block.paired:
+                store_in_block(place + self.other, word, self.block.full.at(slot) + self.other)
+
+        when(self.thread.column.equals(0), store)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +166,8 @@ class _Scales:
 class _Converter(_Rows):
     """Rows of e4m3 values: copied as they are stored a block ahead, then stored as f16.
 
-    A thread converts what it has copied itself, so that no barrier is between the two.
+    A thread converts what it has copied itself, so that no barrier is between the two. Blocks of a
+    pair convert half of the rows each, and store them in both.
     """
 
     def __init__(self, block: Block) -> None:
@@ -153,25 +176,30 @@ class _Converter(_Rows):
 
     def run(self) -> None:
         """All blocks of keys."""
-        block = self.block
+        block, rows = self.block, self.rows
         slots = self.slots(self.first)
-        for r in range(ROWS):
+        for r in range(rows):
             self._copy_scales_and_rope(slots, r)
             for part in range(PARTS):
                 self._copy_part(slots, r, part)
             ptx("cp.async.commit_group;")
 
+        block.meet()
+
         def step(number: Value, *carry: Value) -> list[Value]:
-            ring, now, following = Ring(STAGES, *carry[:2]), list(carry[2:4]), list(carry[4:])
+            ring, now = Ring(STAGES, *carry[:2]), list(carry[2 : 2 + rows])
+            following = list(carry[2 + rows :])
             later = self.slots(number + 2)
             block.empty.wait(ring.slot, ring.phase ^ 1)
             # The second stage has held a part of the query: one wait, and looks afterwards.
             when(ring.slot.equals(1), lambda: block.query_taken.wait(0, i32(0)))
-            for r in range(ROWS):
-                ptx("cp.async.wait_group 1;")
+            for r in range(rows):
+                ptx(f"cp.async.wait_group {rows - 1};")
                 self._convert(now, following, r, ring.slot)
                 ptx("cp.async.commit_group;")
-            block.full.arrive_warp(ring.slot, self.thread)
+            block.full.arrive_warp(
+                ring.slot, self.thread, expected=WARP_BYTES if block.paired else 0
+            )
             return [*ring.next().values(), *following, *later]
 
         carry = [*Ring.start(STAGES).values(), *slots, *self.slots(self.first + 1)]
@@ -201,13 +229,12 @@ class _Converter(_Rows):
         # Lanes of a row share its scales.
         ptx("bar.warp.sync -1;", convergent=True)
         raw = self._raw()
-
         # As many as there are registers for.
-        ahead = 3 if scale is not None and scale.rest is None else 2
+        ahead = 3 if scale is not None and scale.rest is None and self.rows == ROWS else 2
 
         def load(first: int) -> list[list[Value]]:
             parts = range(first, min(first + ahead, PARTS))
-            return [load_shared(raw, "rrrr", _raw_offset(part, r)) for part in parts]
+            return [load_shared(raw, "rrrr", self._raw_offset(part, r)) for part in parts]
 
         chunks = load(0)
         for part in range(PARTS):
@@ -218,13 +245,33 @@ class _Converter(_Rows):
                 pairs = [self._scaled(pair, scale, part // 2) for pair in pairs]
             for k in range(2):
                 store_shared(places[k], pairs[4 * k : 4 * k + 4], part * COLUMN_TILE)
+            if self.block.paired and part + 1 in SENT_AFTER:
+                self._send(slot, SENT_AFTER[part + 1])
         # Together: the compiler puts three instructions before a copy that follows other accesses.
         self._copy_scales_and_rope(following, r)
         for part in range(PARTS):
             self._copy_part(following, r, part)
 
+    def _send(self, slot: Value, tiles: Sequence[int]) -> None:
+        """Begins to copy columns of the rows of this warp to the other block of the pair."""
+        proxy_fence()
+        ptx("bar.warp.sync -1;", convergent=True)
+
+        def copy_all() -> None:
+            barrier = self.block.full.at(slot) + self.other
+            rows = self.block.tile(slot) + (self.row - self.thread.quad) * wgmma.ROW_BYTES
+            for tile in tiles:
+                source = rows + tile * COLUMN_TILE
+                copy_to_block(source + self.other, source, wgmma.ATOM_BYTES, barrier)
+
+        when(self.thread.lane.equals(0), copy_all)
+
     def _raw(self) -> Value:
         return self.block.raw + opaque(self.thread.index) * CHUNK
+
+    def _raw_offset(self, part: int, r: int) -> int:
+        """Where a thread keeps its chunk of 64 columns of one of its rows."""
+        return (part * self.rows + r) * (WARPGROUP * CHUNK)
 
     def _rope_stage(self, r: int) -> Value:
         row = opaque(self.row) * wgmma.ROW_BYTES
@@ -244,7 +291,7 @@ class _Converter(_Rows):
     def _copy_part(self, slots: list[Value], r: int, part: int) -> None:
         source = self.source(self.block.format.nope, slots[r])
         source = source + (self.thread.column * CHUNK).wide() + part * 4 * CHUNK
-        copy(self._raw() + _raw_offset(part, r), source, copied_bytes(slots[r]))
+        copy(self._raw() + self._raw_offset(part, r), source, copied_bytes(slots[r]))
 
     def _copy_scales_and_rope(self, slots: list[Value], r: int) -> None:
         row_format = self.block.format
@@ -281,7 +328,7 @@ class _Copier(_Rows):
             following = self.slots(number + 1)
             block.empty.wait(ring.slot, ring.phase ^ 1)
             self._copy(now, ring.slot)
-            for r in range(ROWS):
+            for r in range(self.rows):
                 self.store_token(now, None, r, ring.slot)
             block.full.arrive_warp(ring.slot, self.thread)
             block.full.arrive_on_copies(ring.slot)
@@ -307,11 +354,6 @@ class _Copier(_Rows):
             for t in range(PARTS + 1):
                 source = rope if t == PARTS else nope + t * wgmma.ROW_BYTES
                 copy(place + t * COLUMN_TILE, source, size)
-
-
-def _raw_offset(part: int, r: int) -> int:
-    """Where a thread keeps its chunk of 64 columns of one of its rows."""
-    return (part * ROWS + r) * (WARPGROUP * CHUNK)
 
 
 def _twice_f16(x: Value) -> tuple[Value, Value]:

@@ -34,7 +34,7 @@ from pallas_kernels.sparse_decode.wide.block import (
     COLUMN_TILE,
     MEMORY,
     PARTS,
-    ROPE_TILE,
+    SHARES,
     STAGES,
     WARPS,
     Block,
@@ -52,6 +52,7 @@ PAIRS = 8  # of neighbouring keys
 def scores(block: Block) -> None:
     """Writes the weights P of every block of keys, then the LSE and the outputs' factors."""
     load_query(block, 0)
+    block.meet()
     first, last = block.key_blocks(block.length())
     block.query_ready.wait(0, i32(0))
     softmax = _Softmax(block)
@@ -59,9 +60,7 @@ def scores(block: Block) -> None:
 
     def step(_: Value, *carry: Value) -> list[Value]:
         state, ring = list(carry[:-2]), Ring(STAGES, *carry[-2:])
-        block.full.wait(ring.slot, ring.phase)
-        # The converted rows were written by ordinary stores.
-        proxy_fence()
+        block.wait_for_rows(ring)
         products = _products(block, held, ring.slot)
         tokens = softmax.tokens(ring.slot)
         logits = wgmma.wait(0, products)
@@ -88,7 +87,7 @@ def _held_query(block: Block) -> list[list[Value]]:
                     offset = part * COLUMN_TILE + r * wgmma.ATOM_BYTES
                     fragment += load_shared(place, "r", offset)
             fragments.append(fragment)
-    block.query_taken.arrive_warp(0, thread)
+    block.release(block.query_taken, 0)
     return fragments
 
 
@@ -137,7 +136,8 @@ class _Softmax:
         def load(pair: int) -> list[Value]:
             return load_shared(keys, "rr", MEMORY.tokens + 32 * pair)
 
-        if is_converted(self.block.format) or self.block.shape.has_max_logits:
+        late = is_converted(self.block.format) and not self.block.paired
+        if late or self.block.shape.has_max_logits:
             return load
         return [load(pair) for pair in range(PAIRS)].__getitem__
 
@@ -180,12 +180,13 @@ class _Softmax:
             lambda: store_shared(flag, [bool_to_int(raised)], MEMORY.raised),
         )
 
-        # All warps have multiplied the rotary values that the weights replace.
-        named_barrier(BARRIER, WARPGROUP)
+        if not block.paired:
+            # All warps have multiplied the rotary values that the weights replace.
+            named_barrier(BARRIER, WARPGROUP)
         pack = pack_f16 if row_format.dtype == "f16" else pack_bf16
         quad = opaque(self.thread.quad)
         row = (self.thread.warp * 16 + quad) * wgmma.ROW_BYTES
-        base = block.tile(slot) + ROPE_TILE + row + self.thread.column * 4
+        base = block.weights(slot) + row + self.thread.column * 4
         sums = state[ROWS:]
         for v in range(PAIRS):
             p = [exp2(logits[4 * v + i] - state[wgmma.row_of(i)]) for i in range(4)]
@@ -199,8 +200,10 @@ class _Softmax:
             else:
                 for i, x in enumerate(p):
                     sums[wgmma.row_of(i)] = sums[wgmma.row_of(i)] + x
-        proxy_fence()
-        block.weighted.arrive_warp(slot, self.thread)
+            if (v + 1) % (PAIRS // block.shares) == 0:
+                proxy_fence()
+                share = slot * SHARES + v // (PAIRS // block.shares)
+                block.weighted.arrive_warp(share, self.thread)
         return [*state[:ROWS], *sums, *largest]
 
     def _raise(self, tops: list[Value], ring: Ring, state: list[Value]) -> list[Value]:

@@ -4,11 +4,11 @@ from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_shared, store_global, store_shared
 from pallas_kernels.device.row_formats import RANK, pack_bf16
 from pallas_kernels.device.simt import WARPGROUP, Value, branch, f32, i32, loop, ptx, when
-from pallas_kernels.device.sync import Ring, named_barrier, proxy_fence
+from pallas_kernels.device.sync import Ring, named_barrier
 from pallas_kernels.sparse_decode.wide.block import (
     COLUMN_TILE,
     MEMORY,
-    ROPE_TILE,
+    SHARES,
     STAGES,
     WARPS,
     Block,
@@ -25,16 +25,16 @@ ROW_BYTES = 512  # of a head's 256 columns in bf16
 def values(block: Block, half: int) -> None:
     """O = P V for columns 256 half to 256 half + 255, over all blocks of keys."""
     load_query(block, 1 + half)
+    block.meet()
     first, last = block.key_blocks(block.length())
 
     def step(_: Value, *carry: Value) -> list[Value]:
         acc, ring = list(carry[:-2]), Ring(STAGES, *carry[-2:])
-        block.full.wait(ring.slot, ring.phase)
-        proxy_fence()
-        block.weighted.wait(ring.slot, ring.phase)
+        block.wait_for_rows(ring)
+        block.weighted.wait(ring.slot * SHARES, ring.phase)
         acc = _decayed(block, acc, ring.slot)
-        acc = _add(block, half, acc, ring.slot)
-        block.empty.arrive_warp(ring.slot, block.thread)
+        acc = _add(block, half, acc, ring)
+        block.release(block.empty, ring.slot)
         return [*acc, *ring.next().values()]
 
     zeros = [f32(0.0)] * (PRODUCTS * SIZE)
@@ -42,16 +42,26 @@ def values(block: Block, half: int) -> None:
     block.factor_ready.wait(0, i32(0))
     # The output takes the place of values that other warps may be multiplying.
     named_barrier(BARRIER + half, WARPGROUP)
+    if block.paired:
+        # Nor are rows there on their way to the other block.
+        last = Ring(STAGES, *carry[-2:]).previous()
+        for use in (last.previous(), last):
+            block.empty.wait(use.slot, use.phase)
     _store(block, half, list(carry[:-2]))
 
 
-def _add(block: Block, half: int, acc: list[Value], slot: Value) -> list[Value]:
-    """The accumulator with a block of keys."""
+def _add(block: Block, half: int, acc: list[Value], ring: Ring) -> list[Value]:
+    """The accumulator with a block of keys, of which the first share has its weights."""
+    slot = ring.slot
     tile = block.tile(slot)
-    a = wgmma.descriptor(tile + ROPE_TILE)
+    a = wgmma.descriptor(block.weights(slot))
     b = wgmma.descriptor(tile + half * (4 * COLUMN_TILE), COLUMN_TILE)
     acc = wgmma.begin(acc)
     for step in range(STEPS):
+        if step and step % (STEPS // block.shares) == 0:
+            wgmma.commit()
+            share = step // (STEPS // block.shares)
+            block.weighted.wait(slot * SHARES + share, ring.phase)
         for product in range(PRODUCTS):
             part = slice(product * SIZE, (product + 1) * SIZE)
             columns = (product * 2 * COLUMN_TILE + step * 2 * wgmma.ATOM_BYTES) >> 4
