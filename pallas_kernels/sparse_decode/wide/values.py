@@ -44,8 +44,8 @@ def values(block: Block, half: int) -> None:
     named_barrier(BARRIER + half, WARPGROUP)
     if block.paired:
         # Nor are rows there on their way to the other block.
-        last = Ring(STAGES, *carry[-2:]).previous()
-        for use in (last.previous(), last):
+        latest = Ring(STAGES, *carry[-2:]).previous()
+        for use in (latest.previous(), latest):
             block.empty.wait(use.slot, use.phase)
     _store(block, half, list(carry[:-2]))
 
