@@ -36,7 +36,8 @@ class Chunk:
     raw: Sequence[Value]
 
     @property
-    def _is_f32(self) -> bool:
+    def is_f32(self) -> bool:
+        """Whether the values are not bf16."""
         return self.raw[0].type == f32_type()
 
     @classmethod
@@ -46,11 +47,11 @@ class Chunk:
 
     def pairs(self) -> Sequence[Value]:
         """Four pairs of bf16."""
-        return type(self).rounded(self.raw).raw if self._is_f32 else self.raw
+        return type(self).rounded(self.raw).raw if self.is_f32 else self.raw
 
     def floats(self) -> Sequence[Value]:
         """Eight f32."""
-        if self._is_f32:
+        if self.is_f32:
             return self.raw
         return [x.as_f32() for word in self.raw for x in (word << 16, word & -0x10000)]
 
@@ -61,7 +62,7 @@ class Chunk:
 
     def _largest(self) -> tuple[Value, Value]:
         """The bits that are largest as an integer, of which NaN has more than infinity."""
-        if self._is_f32:
+        if self.is_f32:
             top = functools.reduce(maximum, [x.as_i32() & MAGNITUDE for x in self.raw])
             return top, top > F32_INFINITY
         pairs = functools.reduce(maximum_s16, [word & 0x7FFF7FFF for word in self.raw])

@@ -14,7 +14,7 @@ from pallas_kernels.cache_codec.chunk import (
 )
 from pallas_kernels.cache_codec.parts import Part
 from pallas_kernels.cache_codec.places import Field, Row
-from pallas_kernels.cache_codec.quotient import Divisor
+from pallas_kernels.cache_codec.quotient import Divisor, TensorDivisor
 from pallas_kernels.device.memory import (
     load_global,
     load_global_byte,
@@ -74,9 +74,9 @@ class TensorPart(E4M3Part):
         """See `Part.constants`: the scale."""
         return load_global(bases[self.scale], "f") if self.scale else []
 
-    def prepared(self, constants: Sequence[Value]) -> Divisor | None:
+    def prepared(self, constants: Sequence[Value]) -> TensorDivisor | None:
         """See `Part.prepared`."""
-        return Divisor.of_any(constants[0]) if constants else None
+        return TensorDivisor.of(constants[0]) if constants else None
 
     def decode(self, stored: Sequence[Value], constants: Sequence[Value]) -> Chunk:
         """See `Part.decode`."""
@@ -92,10 +92,9 @@ class TensorPart(E4M3Part):
 
     def encode(self, values: Chunk, prepared: Any) -> list[Value]:
         """See `Part.encode`."""
-        floats = values.floats()
-        if prepared is not None:
-            floats = [prepared.quotient(x) for x in floats]
-        return e4m3_codes(floats)
+        if prepared is None:
+            return e4m3_codes(values.floats())
+        return prepared.signed(e4m3_codes(prepared.quotients(values)), values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
 """Correctly rounded quotients of many values by one, without a division for each."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Self
 
-from pallas_kernels.cache_codec.chunk import F32_INFINITY, MAGNITUDE, SIGN
+from pallas_kernels.cache_codec.chunk import F32_INFINITY, MAGNITUDE, SIGN, Chunk
+from pallas_kernels.device.row_formats import permute
 from pallas_kernels.device.simt import (
     Value,
+    branch,
     choose_bits,
     divide,
     f32,
@@ -17,10 +20,13 @@ from pallas_kernels.device.simt import (
 )
 
 _ONE = 0x3F800000
+_SIGNS = -0x7F7F7F80  # of four codes
 _MANTISSA, _EXPONENT = 0x7FFFFF, 0xFF << 23
 _LARGEST_POWER, _SUBNORMAL_POWER = 254 << 23, 1 << 22  # 2^127 and 2^-127
 # Beyond 448 times the divisor everything saturates; the divisor's mantissa is below 2.
 _CLAMP = 1024.0
+# Scales whose reciprocals are normal, and whose remainders neither underflow nor overflow.
+_SMALLEST_ORDINARY, _LARGEST_ORDINARY = (127 - 92) << 23, (127 + 116) << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,66 @@ class Divisor:
             q = fma(fma(q, self.negative, x), self.reciprocal, q)
         # A zero quotient loses its sign to the sum.
         return choose_bits(x.as_i32(), q.as_i32(), SIGN).as_f32()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorDivisor:
+    """The scale of a tensor, by which values are divided on their way to e4m3.
+
+    A quotient of a bf16 by most scales takes one remainder. What a second one could change is how
+    quotients round to f32 that lie, but for 2^-22 units, half a unit from the middle of two codes:
+    x = (middle + half a unit) * scale. A middle has five bits and x eight, which no such scale
+    gives but one whose mantissa is all ones (by the middle below the smallest code).
+
+    Attributes:
+        scale: the divisor.
+        reciprocal: 1 / scale, correctly rounded but where the scale is rare.
+        rare: whether it is another.
+    """
+
+    scale: Value
+    reciprocal: Value
+    rare: Value
+
+    @classmethod
+    def of(cls, scale: Value) -> Self:
+        """By any f32."""
+        bits = scale.as_i32()
+        above = (bits & MAGNITUDE) - _SMALLEST_ORDINARY
+        rare = above.at_least(_LARGEST_ORDINARY - _SMALLEST_ORDINARY)
+        rare = rare | (bits & _MANTISSA).equals(_MANTISSA)
+        return cls(scale, divide(f32(1.0), scale), rare)
+
+    def quotients(self, values: Chunk) -> list[Value]:
+        """f32 that have the codes of the quotients, but for the sign of zeros; see `signed`."""
+        floats = list(values.floats())
+
+        def exact() -> list[Value]:
+            divisor = Divisor.of_any(self.scale)
+            return [divisor.quotient(x) for x in floats]
+
+        if values.is_f32:
+            return exact()
+        negative = (self.scale.as_i32() ^ SIGN).as_f32()
+
+        def near(x: Value) -> Value:
+            q = _clamped(x * self.reciprocal)
+            return fma(fma(q, negative, x), self.reciprocal, q)
+
+        return branch(self.rare, [near(x) for x in floats], exact)
+
+    def signed(self, codes: Sequence[Value], values: Chunk) -> list[Value]:
+        """The words of codes with the signs of the quotients: a zero has lost it to a sum."""
+        if values.is_f32:
+            return list(codes)
+        flipped = select(self.scale.as_i32() < 0, i32(_SIGNS), i32(0))
+        upper_bytes = [
+            permute(values.raw[i], values.raw[i + 1], "0x7531") for i in range(0, len(codes) * 2, 2)
+        ]
+        return [
+            code | ((word & _SIGNS) ^ flipped)
+            for code, word in zip(codes, upper_bytes, strict=True)
+        ]
 
 
 def _clamped(x: Value) -> Value:
