@@ -25,6 +25,7 @@ from jmla.layouts import (
 )
 from jmla.pages import move_pages
 from jmla.plan import Plan
+from jmla.raw_latents import RawLatents
 from jmla.topk import (
     identity_topk,
     paged_indices,
@@ -45,6 +46,7 @@ __all__ = [
     "IndexKeyRows",
     "KVLayout",
     "Plan",
+    "RawLatents",
     "Rows",
     "alternatives",
     "append",

@@ -25,6 +25,7 @@ from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.layouts.paged_v4 import PagedV4Rows
 from jmla.layouts.rewrite import rewrite as rewrite_by_xla
 from jmla.layouts.v4 import V4Rows
+from jmla.raw_latents import RawLatents
 
 if TYPE_CHECKING:
     from pallas_kernels import cache_codec
@@ -53,16 +54,19 @@ def takes_kernel(
     )
 
 
-def unsupported_reasons(*tokens: TokenRows | _Latents, empty: bool = False) -> list[str]:
+def unsupported_reasons(
+    *tokens: TokenRows | _Latents | RawLatents, empty: bool = False
+) -> list[str]:
     """Why the kernel cannot read or write these rows; none if it can.
 
     Args:
-        tokens: rows of any token axes, index keys, or latents.
+        tokens: rows of any token axes, index keys, or latents, raw or not.
         empty: whether there may be no rows.
     """
     found = []
     for each in tokens:
-        name = type(each).__name__ if isinstance(each, TokenRows) else "latents"
+        named = isinstance(each, TokenRows | RawLatents)
+        name = type(each).__name__ if named else "latents"
         if isinstance(each, IndexKeyRows | PagedIndexKeyRows) and each.dim not in _INDEX_DIMS:
             found.append(f"{name}: {each.dim=}: the mosaic_gpu kernel expects one of {_INDEX_DIMS}")
             continue
@@ -81,9 +85,8 @@ def unsupported_reasons(*tokens: TokenRows | _Latents, empty: bool = False) -> l
 def store(
     targets: tuple[TokenRows, ...],
     slots: Int[Array, " n"],
-    sources: tuple[TokenRows | _Latents, ...],
+    sources: tuple[_Latents | RawLatents, ...],
     *,
-    source_slots: Int[Array, " n"] | None = None,
     kernel: bool,
 ) -> tuple[Any, ...]:
     """Rows, or rows and index keys, with tokens stored at their slots, in their formats.
@@ -91,55 +94,32 @@ def store(
     Args:
         targets: rows of any token axes.
         slots: int32, the same for all targets; one outside a target is dropped.
-        sources: for each target latents, or rows whose codes are kept.
-        source_slots: int32, of sources that are rows: which to take, of any token axes. None is
-            all of them, of token shape (n,).
+        sources: latents for each target, raw or not.
         kernel: whether the kernel does it, in one launch, of arguments that `unsupported_reasons`
             has nothing against; else XLA does. Under vmap XLA does in any case. The kernel has no
             derivatives.
     """
     run = _compiled_store if kernel and slots.size else _store_by_xla
-    return tuple(run(targets, slots, sources, source_slots))
+    return tuple(run(targets, slots, sources))
 
 
-def _store_by_xla(targets: Any, slots: Any, sources: Any, source_slots: Any) -> Any:
-    if source_slots is not None:
-        sources = tuple(source.gather(source_slots) for source in sources)
+def _store_by_xla(targets: Any, slots: Any, sources: Any) -> Any:
     return tuple(
-        target.set(slots, _like(target, source))
+        target.set(
+            slots,
+            target.encode(source.prepared() if isinstance(source, RawLatents) else source),
+        )
         for target, source in zip(targets, sources, strict=True)
     )
 
 
-def _like(target: TokenRows, source: TokenRows | _Latents) -> TokenRows:
-    """The source in the format of the target's rows."""
-    if not isinstance(source, TokenRows):
-        return target.encode(source)
-    if isinstance(target, PackedBlockScaleRows) and isinstance(source, BlockScaleRows):
-        return dataclasses.replace(target, packed=source.pack())
-    if isinstance(target, PagedIndexKeyRows) and isinstance(source, IndexKeyRows):
-        pages = source.reshape(*source.shape, 1).pack()
-        return dataclasses.replace(target, packed=pages, page_size=None)
-    if isinstance(target, PagedV4Rows) and isinstance(source, V4Rows):
-        pages = source.reshape(*source.shape, 1).pack(page_bytes=target.bytes_per_token)
-        return dataclasses.replace(target, packed=pages, page_size=None)
-    return source
-
-
 @jax.custom_batching.custom_vmap
-def _store(targets: Any, slots: Any, sources: Any, source_slots: Any) -> Any:
+def _store(targets: Any, slots: Any, sources: Any) -> Any:
     from pallas_kernels import cache_codec
 
     stored = cache_codec.transcode(
-        [
-            # Codes that stay as they are need no scale of the tensor.
-            (_side(_unscaled(a)), _side(_unscaled(b)))
-            if isinstance(a, TokenRows)
-            else (_side(a), _side(b))
-            for a, b in zip(sources, targets, strict=True)
-        ],
+        [(_side(a), _side(b)) for a, b in zip(sources, targets, strict=True)],
         rows=slots.size,
-        source_slots=source_slots,
         target_slots=slots,
         written=[tuple(target.token_leaves) for target in targets],
     )
@@ -152,36 +132,14 @@ def _store(targets: Any, slots: Any, sources: Any, source_slots: Any) -> Any:
 
 @_store.def_vmap
 def _store_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-    return _over_axis(_store_by_xla, axis_size, in_batched, arguments)
-
-
-def take(tokens: TokenRows, slots: Int[Array, " n"], *, kernel: bool) -> TokenRows:
-    """The tokens at some slots as they are stored; by the kernel not packed."""
-    if not kernel:
-        return tokens.gather(slots)
-    source = _unscaled(tokens)
-    taken = rewrite(source, _unpacked_form(source), slots)
-    if isinstance(tokens, FP8Rows) and isinstance(taken, FP8Rows):
-        return dataclasses.replace(taken, scale=tokens.scale)
-    return taken
-
-
-def _unscaled(tokens: TokenRows) -> TokenRows:
-    return dataclasses.replace(tokens, scale=None) if isinstance(tokens, FP8Rows) else tokens
-
-
-def _unpacked_form(tokens: TokenRows) -> TokenRows:
-    """Rows of the same format, not packed, of which there are none."""
-    if isinstance(tokens, PackedBlockScaleRows | PagedV4Rows | PagedIndexKeyRows):
-        return tokens.unpacked_form()
-    return tokens.flat().map_tokens(lambda leaf: leaf[:0])
+    return over_axis(_store_by_xla, axis_size, in_batched, arguments)
 
 
 # Compiled at the level of the module: a call outside jit would compile the kernel every time.
 _compiled_store = jax.jit(_store)
 
 
-def _over_axis(function: Any, axis_size: int, in_batched: Any, arguments: Any) -> Any:
+def over_axis(function: Any, axis_size: int, in_batched: Any, arguments: Any) -> Any:
     axes = tuple(jax.tree.map(lambda moves: 0 if moves else None, each) for each in in_batched)
     results = jax.vmap(function, in_axes=axes, axis_size=axis_size)(*arguments)
     return results, jax.tree.map(lambda _: True, results)
@@ -224,7 +182,7 @@ def _launch(source: Any, form: Any, slots: Any) -> Any:
 
 @_launch.def_vmap
 def _launch_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-    return _over_axis(rewrite_by_xla, axis_size, in_batched, arguments)
+    return over_axis(rewrite_by_xla, axis_size, in_batched, arguments)
 
 
 @jax.custom_jvp
@@ -241,10 +199,14 @@ def _with_derivatives_of_xla(primals: Any, tangents: Any) -> Any:
 _compiled = jax.jit(_rewrite)
 
 
-def _side(tokens: TokenRows | Array) -> "cache_codec.Side":
+def _side(tokens: TokenRows | Array | RawLatents) -> "cache_codec.Side":
     """The tokens as the kernel takes them."""
     from pallas_kernels import cache_codec
 
+    if isinstance(tokens, RawLatents):
+        arrays = {"latents": tokens.values, "gain": tokens.gain}
+        arrays |= {"cos": tokens.cos, "sin": tokens.sin}
+        return cache_codec.Side(_format(tokens), arrays, tokens.shape[0])
     if not isinstance(tokens, TokenRows):
         latents = tokens.reshape(-1, tokens.shape[-1])
         return cache_codec.Side(_format(tokens), {"latents": latents}, latents.shape[0])
@@ -255,7 +217,7 @@ def _side(tokens: TokenRows | Array) -> "cache_codec.Side":
     return cache_codec.Side(_format(tokens), arrays, flat.num_slots)
 
 
-def _format(tokens: TokenRows | Array) -> "cache_codec.Format":
+def _format(tokens: TokenRows | Array | RawLatents) -> "cache_codec.Format":
     """What the kernel calls the format of these tokens."""
     from pallas_kernels import cache_codec
 
@@ -285,6 +247,15 @@ def _format(tokens: TokenRows | Array) -> "cache_codec.Format":
             pages = cache_codec.Pages(tokens.page_size or 1, tokens.packed.shape[-1])
             pow2 = tokens.scale_format == "pow2"
             return cache_codec.index_keys(tokens.dim, pow2=pow2, pages=pages)
+        case RawLatents():
+            return cache_codec.raw_latents(
+                tokens.rank,
+                2 * tokens.cos.shape[-1],
+                eps=tokens.eps,
+                interleaved=tokens.interleaved,
+                f32=tokens.values.dtype == jnp.float32,
+                f32_gain=tokens.gain.dtype == jnp.float32,
+            )
         case TokenRows():
             raise AssertionError(f"{type(tokens)=}: expected rows of a layout, or index keys")
         case _:

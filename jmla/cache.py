@@ -16,6 +16,7 @@ from jmla.layouts.base import KVLayout, Rows, ScaleFormat, TokenRows, check_late
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.paged_index_keys import PagedIndexKeyRows
+from jmla.raw_latents import RawLatents
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +107,7 @@ def init_cache(
 def append(
     cache: Cache,
     slots: Int[Array, " n"],
-    latents: Float[Array, "n width"],
+    latents: Float[Array, "n width"] | RawLatents,
     index_keys: Float[Array, "n dim"] | None = None,
     *,
     implementation: CacheImplementation | None = None,
@@ -119,11 +120,14 @@ def append(
         cache: the cache before.
         slots: int32 `[n]`. A slot outside `[0, num_slots)` is dropped, so that padding can be
             marked by -1. Of duplicates, an unspecified one stays.
-        latents: bf16 or f32 `[n, width]`.
+        latents: bf16 or f32 `[n, width]`; or `RawLatents`, which are normalised and rotated first,
+            in f32, and rounded once to the dtype of their values. The kernel sums squares in an
+            order of its own: of bf16 values one in some hundreds may round to the other neighbour.
         index_keys: bf16 or f32 `[n, dim]`; required if the cache has index keys, else None.
         implementation: "mosaic_gpu", one kernel for Hopper that writes into the cache; "xla"; None
             is the kernel where JAX's default device is a Hopper and the kernel serves the call.
-            Both store the same bytes, but for the sign of NaN. The kernel has no derivatives.
+            Both store the same bytes of the same latents, but for the sign of NaN. The kernel has
+            no derivatives.
 
     Raises:
         ValueError: a wrong shape or dtype, or index keys given or left out against the cache.
@@ -132,9 +136,12 @@ def append(
     cache.rows.check()
     if slots.ndim != 1 or slots.dtype != jnp.int32:
         raise ValueError(f"{slots.shape=} {slots.dtype=}: expected int32 [n], a slot per token")
-    if latents.ndim != 2 or latents.shape[0] != slots.shape[0]:
+    if latents.shape[:-1] != slots.shape:
         raise ValueError(f"{latents.shape=}: expected [{slots.shape[0]}, {cache.rows.width}]")
-    check_latents(latents, cache.rows.width)
+    if isinstance(latents, RawLatents):
+        latents.check(cache.rows.rank, cache.rows.rope_dim)
+    else:
+        check_latents(latents, cache.rows.width)
     if cache.index_keys is None:
         if index_keys is not None:
             raise ValueError(
@@ -151,7 +158,7 @@ def append(
             )
         check_latents(index_keys, cache.index_keys.dim)
     targets: tuple[TokenRows, ...] = (cache.rows,)
-    sources: tuple[Float[Array, "n width"], ...] = (latents,)
+    sources: tuple[Float[Array, "n width"] | RawLatents, ...] = (latents,)
     if cache.index_keys is not None and index_keys is not None:
         targets, sources = (cache.rows, cache.index_keys), (latents, index_keys)
     kernel = takes_kernel(implementation, lambda: unsupported_reasons(*targets, *sources))

@@ -1,19 +1,12 @@
-"""Moves of whole pages, within a cache or from another one."""
+"""Moves of whole pages: within a cache, from another one, and to and from host memory."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jmla._checks import check_int32
-from jmla._mosaic_cache import (
-    CacheImplementation,
-    store,
-    take,
-    takes_kernel,
-    unsupported_reasons,
-)
+from jmla._mosaic_cache import CacheImplementation, takes_kernel
+from jmla._mosaic_pages import Tokens, move
 from jmla.cache import Cache
-from jmla.layouts.base import TokenRows, page_slots
 
 
 def move_pages(
@@ -33,6 +26,9 @@ def move_pages(
     buffer of their size; from another cache they are copied once. Donate the cache
     (`jax.jit(..., donate_argnames="cache")`) to update it in place.
 
+    The arrays of either cache may be in host memory (memory kind "pinned_host"): pages move out
+    into such a cache, and come back with it as `source`. No other page crosses the link.
+
     Args:
         cache: what is changed.
         source_pages: int32 `[n]`, pages of `source`.
@@ -40,11 +36,10 @@ def move_pages(
             dropped, so that padding can be marked by -1. Of duplicates, an unspecified one stays.
         source: a cache of the same format and page size; None is `cache` itself.
         implementation: "mosaic_gpu", kernels for Hopper; "xla"; None is the kernels where JAX's
-            default device is a Hopper and they serve the call. The kernels have no derivatives.
+            default device is a Hopper. The kernels have no derivatives.
 
     Raises:
         ValueError: pages that are not int32 of one length, or caches of two formats.
-        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     check_int32("source_pages", source_pages, source_pages.shape[:1])
     check_int32("target_pages", target_pages, source_pages.shape)
@@ -56,20 +51,15 @@ def move_pages(
             f"source is {theirs} in pages of {origin.page_size}: expected the format of the cache, "
             f"{ours} in pages of {cache.page_size}; use jmla.convert for another format"
         )
-    exists = (source_pages >= 0) & (source_pages < origin.num_pages)
-    targets = jnp.where(exists, target_pages, -1)
-    from_slots = page_slots(source_pages, origin.num_pages, cache.page_size).reshape(-1)
-    to_slots = page_slots(targets, cache.num_pages, cache.page_size).reshape(-1)
-
-    held, gaining = _tokens(origin), _tokens(cache)
-    kernel = takes_kernel(implementation, lambda: unsupported_reasons(*held, *gaining))
-    if kernel and source is not None:
-        moved = store(gaining, to_slots, held, source_slots=from_slots, kernel=True)
-    else:
-        taken = tuple(take(tokens, from_slots, kernel=kernel) for tokens in held)
-        moved = store(gaining, to_slots, taken, kernel=kernel)
-    return Cache(*moved)
+    strides = [
+        [leaf.shape[1:] for leaf in jax.tree.leaves(each) if leaf.ndim] for each in (cache, origin)
+    ]
+    if strides[0] != strides[1]:
+        raise ValueError(f"pages of {strides[1]}: expected those of the cache, {strides[0]}")
+    held = None if source is None else _tokens(source)
+    kernel = takes_kernel(implementation, lambda: [])
+    return Cache(*move(_tokens(cache), held, source_pages, target_pages, kernel=kernel))
 
 
-def _tokens(cache: Cache) -> tuple[TokenRows, ...]:
+def _tokens(cache: Cache) -> Tokens:
     return (cache.rows,) if cache.index_keys is None else (cache.rows, cache.index_keys)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jmla.cache import Cache, append, init_cache
 from jmla.layouts import KVLayout, convert, dequantize, from_bytes, to_bytes
@@ -78,6 +79,32 @@ def test_moves_from_another_cache(name: str, packed: bool):
     given = np.array(pairs, np.int32).T
     after = move_pages(cache, *map(jnp.asarray, given), source=source)
     assert_moved(after, moved(cache, source, pairs))
+
+
+@pytest.mark.parametrize(("name", "packed"), KINDS)
+def test_moves_to_and_from_host_memory(name: str, packed: bool):
+    device = jax.devices()[0]
+    host = SingleDeviceSharding(device, memory_kind="pinned_host")
+    cache, other = filled(name, packed=packed), filled(name, seed=1, pages=3, packed=packed)
+
+    def out(cache: Cache, source: Cache, *pages: jax.Array) -> Cache:
+        return move_pages(cache, *pages, source=source)
+
+    # Of host memory are what has pages, not the scale of a tensor.
+    outside = jax.tree.map(lambda x: jax.device_put(x, host) if x.ndim else jnp.copy(x), other)
+    there = jax.tree.map(lambda leaf: host if leaf.ndim else None, other)
+    pairs = [(0, 2), (5, 0), (-1, 1), (6, 1), (1, 3)]
+    pages = tuple(map(jnp.asarray, np.array(pairs, np.int32).T))
+    outside = jax.jit(out, donate_argnums=0, out_shardings=there)(outside, cache, *pages)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(outside) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    expected = moved(other, cache, pairs)
+    assert_moved(outside, expected)
+
+    pairs = [(2, 1), (0, 4), (1, 3), (3, 0), (-1, 2)]
+    pages = tuple(map(jnp.asarray, np.array(pairs, np.int32).T))
+    after = jax.jit(out)(cache, outside, *pages)
+    assert_moved(after, moved(cache, outside, pairs))
 
 
 def test_wrong_caches_and_pages_are_refused():

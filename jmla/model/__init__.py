@@ -10,8 +10,8 @@ from jmla.model.mla import (
     project,
     project_output,
 )
-from jmla.model.norm import layer_norm, rms_norm
-from jmla.model.rope import Rope, apply_rope
+from jmla.norm import layer_norm, rms_norm
+from jmla.rope import Rope, apply_rope, cos_sin
 
 __all__ = [
     "Attended",
@@ -22,6 +22,7 @@ __all__ = [
     "absorbed_query",
     "apply_rope",
     "choose_positions",
+    "cos_sin",
     "init_mla",
     "layer_norm",
     "mla_attention",

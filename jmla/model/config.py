@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from jmla.model.rope import Rope
+from jmla.rope import Rope
 
 
 @dataclass(frozen=True, kw_only=True)

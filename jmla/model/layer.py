@@ -16,6 +16,7 @@ from jmla.model.config import MLAConfig
 from jmla.model.mla import (
     IndexerInputs,
     MLAParams,
+    Projections,
     absorbed_query,
     project,
     project_output,
@@ -89,7 +90,7 @@ def mla_attention(
             "resolve the plan with index_head_dim=None, or with dense backends."
         )
     keys = indexer.keys if indexer is not None and keeps_index_keys else None
-    cache = _append(cache, batch, projected.latents, keys, phase)
+    cache = _append(cache, batch, projected, keys, phase)
     choice = plan.prefill if phase == "prefill" else plan.decode
     if positions is None and choice.index_transform != "PAGE_TABLE":
         if indexer is None:
@@ -178,19 +179,19 @@ def choose_positions(
 def _append(
     cache: Cache | HiSparseState,
     batch: BatchMeta,
-    latents: Float[Array, "t width"],
+    projected: Projections,
     keys: Float[Array, "t dim"] | None,
     phase: Phase,
 ) -> Cache | HiSparseState:
     if isinstance(cache, Cache):
-        return append(cache, batch.write_slots, latents, keys)
+        return append(cache, batch.write_slots, projected.raw_latents, keys)
     if phase == "prefill":
         raise ValueError(
             f"{phase=} {type(cache)=}: expected a Cache: a prompt is written on the device and "
             "then admitted; use plan.init_cache and jmla.hisparse.admit"
         )
     requests = batch.seq_lens.shape[0]
-    latents = latents.reshape(requests, -1, latents.shape[1])
+    latents = projected.latents.reshape(requests, -1, projected.latents.shape[1])
     keys = None if keys is None else keys.reshape(requests, -1, keys.shape[1])
     return append_to_host(cache, batch.seq_lens, latents, keys)
 

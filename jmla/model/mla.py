@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmla.model.config import MLAConfig
-from jmla.model.norm import layer_norm, rms_norm
-from jmla.model.rope import apply_rope
+from jmla.norm import layer_norm, rms_norm
+from jmla.raw_latents import RawLatents
+from jmla.rope import apply_rope, cos_sin, rotate
 
 MLAParams = dict[str, Array]
 
@@ -43,12 +44,14 @@ class Projections:
         query_nope: `[tokens, num_heads, qk_nope_head_dim]`, before absorption.
         query_rope: `[tokens, num_heads, qk_rope_head_dim]`, rotated.
         latents: `[tokens, kv_lora_rank + qk_rope_head_dim]`, what the cache stores.
+        raw_latents: the same before norm and rotation, for an append that does both.
         indexer: the indexer's inputs; None for a model without one.
     """
 
     query_nope: Float[Array, "t h dn"]
     query_rope: Float[Array, "t h dr"]
     latents: Float[Array, "t dl"]
+    raw_latents: RawLatents
     indexer: IndexerInputs | None
 
 
@@ -115,13 +118,16 @@ def project(
     q_low = rms_norm(x @ params["q_down"], params["q_norm"], config.norm_eps)
     query = jnp.einsum("tq,qhd->thd", q_low, params["q_up"])
     query_nope, query_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
-    nope, rope = jnp.split(x @ params["kv_down"], [config.kv_lora_rank], axis=-1)
+    kv_low = x @ params["kv_down"]
+    nope, rope = jnp.split(kv_low, [config.kv_lora_rank], axis=-1)
     nope = rms_norm(nope, params["kv_norm"], config.norm_eps)
-    rope = apply_rope(rope, positions, config.rope, interleaved=True)
+    cos, sin = cos_sin(positions, config.rope, config.qk_rope_head_dim)
+    rope = rotate(rope, cos, sin, interleaved=True)
     return Projections(
         query_nope=query_nope,
-        query_rope=apply_rope(query_rope, positions, config.rope, interleaved=True),
+        query_rope=rotate(query_rope, cos, sin, interleaved=True),
         latents=jnp.concatenate([nope, rope], axis=-1),
+        raw_latents=RawLatents(kv_low, params["kv_norm"], cos, sin, eps=config.norm_eps),
         indexer=_indexer_inputs(params, config, x, q_low, positions),
     )
 

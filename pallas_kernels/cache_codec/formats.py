@@ -7,6 +7,7 @@ from pallas_kernels.cache_codec.e2m1 import E2M1Part
 from pallas_kernels.cache_codec.e4m3 import ByteScalePart, F32ScalePart, TensorPart
 from pallas_kernels.cache_codec.parts import BF16Part, F32Part, Part
 from pallas_kernels.cache_codec.places import Field, Pages
+from pallas_kernels.cache_codec.raw import NormPart, RotaryPart
 
 _BLOCK_SCALE_TILE, _V4_TILE, _FP4_BLOCK = 128, 64, 16
 _POW2_FLOOR, _INDEX_POW2_FLOOR = -13, -22
@@ -31,10 +32,16 @@ class Format:
         """Why rows cannot be read and written in whole chunks; empty if they can."""
         found = []
         for part in self.parts:
-            if part.start % CHUNK or part.stop % CHUNK:
+            # Of pairs that are no neighbours, both halves are read in chunks.
+            paired = isinstance(part, RotaryPart) and not part.interleaved
+            if (
+                part.start % CHUNK
+                or part.stop % CHUNK
+                or (part.stop - part.start) % (CHUNK * (1 + paired))
+            ):
                 found.append(
                     f"values {part.start} to {part.stop} of a row are encoded alike: expected "
-                    f"multiples of {CHUNK}"
+                    f"multiples of {CHUNK * (1 + paired)}"
                 )
             for field, size in _accesses(part):
                 places = {field.offset, field.stride, self.pages.stride if self.pages else 0}
@@ -50,6 +57,43 @@ def latents(width: int, array: str = "latents", *, f32: bool = False) -> Format:
     if f32:
         return Format((F32Part(start=0, stop=width, values=Field(array, 0, 4 * width)),))
     return Format((BF16Part(start=0, stop=width, values=Field(array, 0, 2 * width)),))
+
+
+def raw_latents(
+    rank: int, rope_dim: int, *, eps: float, interleaved: bool, f32: bool, f32_gain: bool
+) -> Format:
+    """bf16 or f32 values before RMSNorm, of the first `rank`, and RoPE, of the others.
+
+    Args:
+        rank: values that are normalised.
+        rope_dim: values that are rotated.
+        eps: of the norm.
+        interleaved: whether pairs are neighbours, or (i, i + rope_dim / 2).
+        f32: whether values are f32.
+        f32_gain: whether gains are.
+    """
+    size, kind = (4, F32Part) if f32 else (2, BF16Part)
+    stride = size * (rank + rope_dim)
+    gain_kind = F32Part if f32_gain else BF16Part
+    norm = NormPart(
+        start=0,
+        stop=rank,
+        values=kind(start=0, stop=rank, values=Field("latents", 0, stride)),
+        gain=gain_kind(start=0, stop=rank, values=Field("gain", 0, 0)),
+        eps=eps,
+    )
+    if rope_dim == 0:
+        return Format((norm,))
+    stop = rank + rope_dim
+    rotary = RotaryPart(
+        start=rank,
+        stop=stop,
+        values=kind(start=rank, stop=stop, values=Field("latents", size * rank, stride)),
+        cos=Field("cos", 0, 2 * rope_dim),
+        sin=Field("sin", 0, 2 * rope_dim),
+        interleaved=interleaved,
+    )
+    return Format((norm, rotary))
 
 
 def fp8(width: int, *, scaled: bool) -> Format:
@@ -159,6 +203,10 @@ def _accesses(part: Part) -> list[tuple[Field, int]]:
     match part:
         case BF16Part() | F32Part():
             return [(part.values, WIDEST)]
+        case NormPart():
+            return [*_accesses(part.values), *_accesses(part.gain)]
+        case RotaryPart():
+            return [*_accesses(part.values), (part.cos, WIDEST), (part.sin, WIDEST)]
         case F32ScalePart():
             return [(part.codes, CHUNK), (part.scale, WORD)]
         case ByteScalePart() | TensorPart():

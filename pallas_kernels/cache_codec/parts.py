@@ -36,6 +36,21 @@ class Part(abc.ABC):
         """What `encode` makes of them, once for each thread."""
         return constants
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether `of_row` gives something, for which a warp must take one row."""
+        return False
+
+    def of_row(self, loaded: Sequence[tuple[Value | None, Sequence[Value]]]) -> Sequence[Value]:
+        """What all chunks of a row share, which `decode` gets after `constants`.
+
+        All lanes of a warp call it.
+
+        Args:
+            loaded: what `load` gave this lane, each with whether it is of the row; None is yes.
+        """
+        return []
+
     @abc.abstractmethod
     def load(self, row: Row, chunk: Value) -> list[Value]:
         """What is stored of a chunk, by its number in this part: i32 or f32 registers."""

@@ -139,13 +139,15 @@ class _Unit:
         chunk: their number within the stripe.
         target: slot of the row they go to, -1 for none.
         stored: what was loaded.
-        always: whether it goes to a slot in any case.
+        exists: whether there are such values; None is yes, in every lane.
+        always: whether they go to a slot in any case.
     """
 
     stripe: Stripe
     chunk: Value
     target: Value
     stored: Sequence[Value]
+    exists: Value | None
     always: bool
 
 
@@ -154,7 +156,11 @@ def convert(conversions: Sequence[Conversion], rows: Rows) -> None:
     loaded = [list(_load(conversion, rows)) for conversion in conversions]
     for conversion, units in zip(conversions, loaded, strict=True):
         constants = {
-            part: part.constants(conversion.source_bases) for part in conversion.source.parts
+            part: [
+                *part.constants(conversion.source_bases),
+                *part.of_row([(u.exists, u.stored) for u in units if u.stripe.source is part]),
+            ]
+            for part in conversion.source.parts
         }
         prepared = {
             part: part.prepared(part.constants(conversion.target_bases))
@@ -175,8 +181,8 @@ def _load(conversion: Conversion, rows: Rows) -> Iterator[_Unit]:
         total = rows.count * stripe.chunks
         for first in range(0, total, WARP):
             unit = lane + first
-            partial = total - first < WARP
-            if partial:
+            exists = None
+            if total - first < WARP:
                 exists = unit < total
                 unit = select(exists, unit, i32(0))
             row, chunk = unit // stripe.chunks, unit % stripe.chunks
@@ -190,9 +196,10 @@ def _load(conversion: Conversion, rows: Rows) -> Iterator[_Unit]:
                 stored = [
                     select(missing, f32(0.0) if word.is_float else i32(0), word) for word in stored
                 ]
-            if partial:
+            if exists is not None:
                 target = select(exists, target, i32(-1))
-            yield _Unit(stripe, chunk, target, stored, always=not (rows.checked or partial))
+            always = exists is None and not rows.checked
+            yield _Unit(stripe, chunk, target, stored, exists, always)
 
 
 def _store(conversion: Conversion, unit: _Unit, stored: Sequence[Value]) -> None:

@@ -19,6 +19,8 @@ class Spread(NamedTuple):
 
 def spread(source: Format, target: Format, rows: int) -> Spread:
     """That for rows of one format that become rows of another."""
+    if any(part.whole_rows for part in source.parts):
+        return Spread(1, 1)
     if rows <= _FEW_ROWS:
         return Spread(1, 1)
     # bf16 fills the loads of a lane, and so does nothing else.

@@ -390,6 +390,11 @@ def square_root(a: Value) -> Value:
     return ptx("sqrt.approx.f32 $0, $1;", a, out="f", pure=True)[0]
 
 
+def square_root_rounded(a: Value) -> Value:
+    """The square root, correctly rounded."""
+    return ptx("sqrt.rn.f32 $0, $1;", a, out="f", pure=True)[0]
+
+
 def over_quad(value: Value, join: Callable[[Value, Value], Value]) -> Value:
     """The values of four neighbouring lanes joined, for all four."""
     for mask in (1, 2):

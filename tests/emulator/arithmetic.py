@@ -144,7 +144,7 @@ def to_integer(match: re.Match, a: np.ndarray) -> np.ndarray:
     return _float(a).astype(np.int32).view(np.uint32)
 
 
-@instruction(r"sqrt\.approx\.f32")
+@instruction(r"sqrt\.(approx|rn)\.f32")
 def square_root(match: re.Match, a: np.ndarray) -> np.ndarray:
     return _bits(np.sqrt(_float(a)))
 

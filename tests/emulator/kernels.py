@@ -57,6 +57,8 @@ def kernels() -> Kernels:
         _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
         codec = importlib.import_module(f"{_PACKAGE}.cache_codec.call")
         _replace(codec, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
+        pages = importlib.import_module(f"{_PACKAGE}.page_copy.call")
+        _replace(pages, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
+from jmla import RawLatents
 from jmla.cache import Cache, init_cache
 from jmla.cache import append as jmla_append
 from jmla.layouts import (
@@ -25,6 +27,7 @@ from jmla.layouts import (
 from tests.emulator.cache import rewrite, store
 from tests.layouts.bits import assert_same_but_nan, every_kind, without_nan, without_subnormal
 from tests.layouts.cases import BLOCK, FORMATS, RAW, leaf_bytes
+from tests.layouts.raw import assert_prepared, exact_raw_latents, prepared, raw_latents
 
 # Rows of 448 + 64 hold every layout but block scales, of 512 + 64 all.
 RANKS = {name: 448 if name == "v4" else 512 for name in FORMATS}
@@ -140,3 +143,38 @@ def test_rows_from_another_cache_keep_their_bytes(name: str):
                 before[slot] = held[origin]
         after = np.asarray(getattr(ours, name))
         np.testing.assert_array_equal(after.view(np.uint8), before.reshape(after.shape[0], -1))
+
+
+def stored_latents(raw: RawLatents, slots: np.ndarray) -> np.ndarray:
+    """Of bf16 rows, those at the slots."""
+    rows = BF16Rows.zeros((5, 8), rank=raw.rank, rope_dim=64)
+    stored: Any = store([rows], slots, [raw])[0]
+    return np.asarray(stored.flat().latents)[slots]
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float32])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rank", [448, 512])
+def test_raw_latents_are_normalised_and_rotated(rank: int, interleaved: bool, dtype: Any):
+    slots = np.random.default_rng(1).permutation(40)[:13].astype(np.int32)
+    raw = raw_latents(13, rank=rank, interleaved=interleaved, dtype=dtype)
+    assert_prepared(stored_latents(raw, slots), raw, np.arange(13))
+    raw = exact_raw_latents(13, rank=rank, interleaved=interleaved)
+    expected = prepared(raw).astype(np.float32).astype(bfloat16)
+    np.testing.assert_array_equal(stored_latents(raw, slots), expected)
+
+
+@every_format
+def test_append_of_raw_latents(name: str):
+    layout, options = FORMATS[name]
+    raw, keys = raw_latents(13, rank=RANKS[name]), hostile("fp32")[:13, 64:192]
+    cache = init_cache(layout, num_pages=5, page_size=8, index_dim=128, **options)
+    slots = np.random.default_rng(1).permutation(40)[:13].astype(np.int32)
+    latents = jnp.asarray(stored_latents(raw, slots))
+    slots[[2, 5]] = [-1, 40]
+    assert cache.index_keys is not None
+    after: Any = store([cache.rows, cache.index_keys], slots, [raw, keys])
+    expected = jax.jit(functools.partial(jmla_append, implementation="xla"))(
+        cache, jnp.asarray(slots), latents, jnp.asarray(keys)
+    )
+    assert_same_but_nan(Cache(*after), expected)

@@ -1,6 +1,7 @@
 """The kernels that write and convert rows, on a Hopper, byte by byte against XLA on the CPU."""
 
 import functools
+import re
 from typing import Any
 
 import hypothesis
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jmla.cache import Cache, append, init_cache
 from jmla.layouts import (
     FP8Rows,
     IndexKeyRows,
+    KVLayout,
     Rows,
     convert,
     dequantize,
@@ -33,6 +36,7 @@ from tests.layouts.bits import (
     without_subnormal,
 )
 from tests.layouts.cases import BLOCK, FORMATS, RAW
+from tests.layouts.raw import assert_prepared, exact_raw_latents, prepared, raw_latents
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
@@ -44,6 +48,11 @@ every_format = pytest.mark.parametrize("name", FORMATS)
 
 def width_of(name: str) -> int:
     return 512 if name == "v4" else 576
+
+
+def copied(tree: Any) -> Any:
+    """Other arrays of the same values."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def kernel(function: Any, **options: Any) -> Any:
@@ -103,6 +112,20 @@ def test_scales_of_a_tensor(scale: float):
     assert float(ours.scale) == np.float32(scale)
 
 
+def test_quotients_next_to_the_middle_of_two_codes():
+    """Scales of which some value is the middle of two codes but for a few units."""
+    middles = np.array([1, 3, 7, 15, 17, 21, 27, 31], np.float32) * np.float32(2.0**-10)
+    values = np.array([1, 1.0078125, 1.3359375, 1.6640625, 1.9921875], np.float32)
+    near = (values[:, None] / middles).ravel().view(np.int32)[:, None] + np.arange(-2, 3)
+    scales = np.append(near.ravel().astype(np.int32).view(np.float32), np.float32(2 - 2.0**-23))
+    x = np.resize(values, (64, 576)) * np.ldexp(np.float32(1), np.arange(64) % 9 - 4)[:, None]
+    latents = jnp.asarray(x, jnp.bfloat16)
+    run = jax.jit(lambda x, scale: kernel(quantize, layout=RAW, scale=scale)(x).values)
+    for scale in scales:
+        codes = np.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn)
+        assert_same_but_nan(run(latents, scale), jnp.asarray(codes))
+
+
 @every_format
 def test_dequantize(name: str):
     rows = hostile_rows(name)
@@ -128,8 +151,15 @@ PAIRS = [
     for b in FORMATS
     if a != b and "v4" not in (a, b) and (a, b) != ("fp8_scale", "pow2")
 ]
-# Codes that are not computed: powers of two are f32 scales, and so is a tensor's.
-KEPT = {("pow2", "fp32"), ("fp8", "pow2"), ("fp8", "fp32"), ("fp8_scale", "fp32")}
+# Codes that are not computed: powers of two are f32 scales, and so is a tensor's, which stays if no
+# other is given.
+KEPT = {
+    ("pow2", "fp32"),
+    ("fp8", "pow2"),
+    ("fp8", "fp32"),
+    ("fp8_scale", "fp32"),
+    ("fp8_scale", "fp8"),
+}
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
@@ -262,6 +292,62 @@ def test_pages_move_as_they_are(name: str, packed: bool):
         taken = kernel(dequantize)(cache.rows, pages=table)
         assert_same_but_nan(taken, dequantize(cache.rows, pages=table, implementation="xla"))
         assert not np.asarray(taken[0, 1]).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rank", [448, 512])
+def test_raw_latents_are_normalised_and_rotated(rank: int, interleaved: bool, dtype: Any):
+    """In rows of bf16, that keep what the kernel makes of them."""
+    cache = init_cache(KVLayout.BF16, num_pages=200, page_size=16, rank=rank)
+    slots = jnp.asarray(np.random.default_rng(1).permutation(3200)[:2503], jnp.int32)
+    raw = raw_latents(2503, rank=rank, interleaved=interleaved, dtype=dtype)
+    stored = kernel(append)(cache, slots, raw).rows.flat().gather(slots).latents
+    assert_prepared(stored, raw, np.arange(2503))
+    raw = exact_raw_latents(2503, rank=rank, interleaved=interleaved)
+    stored = kernel(append)(cache, slots, raw).rows.flat().gather(slots).latents
+    expected = prepared(raw).astype(np.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(stored, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@every_format
+def test_append_of_raw_latents_is_that_of_their_bf16(name: str, packed: bool):
+    if packed and name not in ("pow2", "v4"):
+        pytest.skip("no other layout has rows that stay packed")
+    rank = width_of(name) - 64
+    plain = init_cache(KVLayout.BF16, num_pages=30, page_size=16, rank=rank)
+    cache = cache_of(name, pages=30, page_size=16, packed=packed, index_format="fp32")
+    slots = np.random.default_rng(2).permutation(480)[:333].astype(np.int32)
+    raw = raw_latents(333, rank=rank)
+    keys = jnp.asarray(np.random.default_rng(3).standard_normal((333, 128)), jnp.bfloat16)
+    stored = kernel(append)(plain, jnp.asarray(slots), raw).rows
+    latents = stored.flat().gather(jnp.asarray(slots)).latents
+    slots[[1, 5, 300]] = [-1, 480, INT_MIN]
+    given = jnp.asarray(slots)
+    fused = jax.jit(kernel(append), donate_argnums=0)(copied(cache), given, raw, keys)
+    assert_same_but_nan(fused, kernel(append)(cache, given, latents, keys))
+
+
+def test_pages_of_host_memory_move_in_place():
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    cache = cache_of("pow2", pages=64, page_size=64, packed=False, index_format="fp32")
+    there = jax.tree.map(lambda _: host, cache)
+    outside = jax.device_put(cache, there)
+    pages = jnp.arange(3, dtype=jnp.int32), jnp.arange(3, dtype=jnp.int32)
+
+    def moved(cache: Cache, source: Cache, *pages: jax.Array) -> Cache:
+        return move_pages(cache, *pages, source=source, implementation="mosaic_gpu")
+
+    for target, source, where in ((outside, cache, there), (cache, outside, None)):
+        run = jax.jit(moved, donate_argnums=0, out_shardings=where)
+        compiled = run.lower(target, source, *pages).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        aliased = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+        assert aliased >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        assert memory.temp_size_in_bytes + memory.host_temp_size_in_bytes < 1 << 12
+        assert not re.search(r"\bcopy(-start)?\(", compiled.as_text() or "")
 
 
 @hypothesis.given(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,27 @@ def apply_rope(
         interleaved: pairs are neighbours (0, 1), (2, 3), ... as in MLA; otherwise (i, i + dim/2),
             as in the indexer of DeepSeek-V3.2.
     """
-    dim = x.shape[-1]
+    return rotate(x, *cos_sin(positions, rope, x.shape[-1]), interleaved=interleaved)
+
+
+def cos_sin(
+    positions: Int[Array, " tokens"], rope: Rope, dim: int
+) -> tuple[Float32[Array, "tokens pairs"], Float32[Array, "tokens pairs"]]:
+    """Cosine and sine of the angle of each of the `dim // 2` pairs, f32 `[tokens, dim // 2]`."""
     angle = positions.astype(jnp.float32)[:, None] * rope.frequencies(dim)[None, :]
-    angle = angle.reshape(x.shape[0], *(1,) * (x.ndim - 2), dim // 2)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "tokens *heads dim"],
+    cos: Float32[Array, "tokens pairs"],
+    sin: Float32[Array, "tokens pairs"],
+    *,
+    interleaved: bool,
+) -> Float[Array, "tokens *heads dim"]:
+    """`apply_rope` by cosines and sines."""
+    by_pair = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1] // 2)
+    cos, sin = cos.reshape(by_pair), sin.reshape(by_pair)
     wide = x.astype(jnp.float32)
     if interleaved:
         even, odd = wide[..., 0::2], wide[..., 1::2]
