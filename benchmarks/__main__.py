@@ -19,7 +19,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cache, peers, records, select_topk, sparse_decode, sparse_prefill
+from benchmarks import cache, cache_peer, peers, records, select_topk, sparse_decode, sparse_prefill
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
@@ -81,8 +81,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op = ops.add_parser("cache", help=cache.__doc__)
     op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
-    _add_common(op, "the same by XLA; not unless asked for")
-    op.set_defaults(peer=False)
+    op.add_argument("--xla", action="store_true", help="also time the same by XLA")
+    _add_common(op, "plain Triton kernels of one program per token; needs PyTorch and Triton")
     return parser.parse_args(arguments)
 
 
@@ -167,10 +167,17 @@ def _select_topk(options: argparse.Namespace) -> Start:
 
 def _cache(options: argparse.Namespace) -> Start:
     ops = chosen(options.ops, CACHE_OPS, "--ops")
+    if options.peer:
+        cache_peer.check()
 
     def start(timer, ceilings, environment, failed):
         bench = cache.Bench(
-            timer, ceilings, environment, options.implementation, with_xla=options.peer
+            timer,
+            ceilings,
+            environment,
+            options.implementation,
+            with_peer=options.peer,
+            with_xla=options.xla,
         )
         return bench.run([case for case in cache.CASES if case.op in ops], failed=failed)
 

@@ -6,68 +6,44 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
+from benchmarks import cache_peer
+from benchmarks.cache_work import MANY, Case, Work, prepare
 from benchmarks.floors import Ceilings, Gather
-from benchmarks.inputs import LAYOUTS
 from benchmarks.records import Environment
-from benchmarks.timing import Call, Timer
-from jmla.cache import append, init_cache
-from jmla.layouts import KVLayout, Rows, convert, dequantize, quantize
+from benchmarks.timing import SpanTimer, Timer
 
-MANY = 1 << 20
-CACHE = 1 << 19  # slots of a cache that tokens are appended to
+__all__ = ["CASES", "MANY", "Bench", "Case", "Record", "prepare", "table"]
+
 CHOSEN = 1 << 16
-INDEX_DIM = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One measurement.
-
-    Attributes:
-        op: quantize (from bf16), dequantize (to bf16), requantize (576 to 656 bytes, codes kept),
-            convert (656 to 576 bytes), append (with index keys) or gather (random slots to bf16).
-        layout: of the cache, as results name it.
-        n: tokens.
-        options: of the layout.
-    """
-
-    op: str
-    layout: str
-    n: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """As the results have it."""
-        words = [f"layout={self.layout}", f"n={self.n}"]
-        return " ".join(words + [f"{key}={value}" for key, value in self.options])
-
-    @property
-    def kv_layout(self) -> KVLayout:
-        """Of the cache."""
-        return LAYOUTS[self.layout]
-
-
+PROMPT = 100_000
+_LAYOUTS = ("656", "576", "fp4", "584")
 _FP32 = (("scale_format", "fp32"),)
 _SCALED = (("scale", 0.25),)
 CASES = (
-    *(Case("append", "656", n) for n in (1, 256, 4096)),
+    *(Case("append", layout, n) for layout in (*_LAYOUTS, "bf16") for n in (1, 16, 64, 256)),
+    Case("append", "656", 4096),
+    Case("append", "656", PROMPT),
+    *(Case("append", layout, PROMPT, prompt=True) for layout in (*_LAYOUTS, "bf16")),
+    *(Case("append_raw", "656", n) for n in (1, 64, 256, 4096)),
+    Case("append_raw", "656", PROMPT, prompt=True),
+    *(Case("append_packed", layout, n) for layout in ("656", "584") for n in (64, 4096)),
+    *(Case("append_packed", layout, PROMPT, prompt=True) for layout in ("656", "584")),
     Case("requantize", "576", MANY),
     Case("convert", "656", MANY),
-    *(Case("quantize", layout, MANY) for layout in ("656", "576", "fp4", "584")),
+    Case("convert", "656", MANY, _SCALED),
+    *(Case("quantize", layout, MANY) for layout in _LAYOUTS),
     Case("quantize", "656", MANY, _FP32),
     Case("quantize", "576", MANY, _SCALED),
-    *(Case("dequantize", layout, MANY) for layout in ("656", "576", "fp4", "584")),
-    *(Case("gather", layout, CHOSEN) for layout in ("656", "576", "fp4", "584", "bf16")),
-    Case("append", "656", 100_000),
-    *(Case("append", layout, 256) for layout in ("bf16", "576", "fp4", "584")),
+    *(Case("dequantize", layout, MANY) for layout in _LAYOUTS),
+    *(Case("gather", layout, CHOSEN) for layout in (*_LAYOUTS, "bf16")),
+    *(Case("pages", layout, CHOSEN) for layout in _LAYOUTS),
+    *(Case(op, "656", CHOSEN) for op in ("move", "move_within", "move_out", "move_in")),
 )
 
 
@@ -81,13 +57,18 @@ class Record:
         gbps: our rate of them.
         of_copy: that rate as a part of a copy's.
         floor_us: of a copy of as many bytes; for gather, of reading the rows at random and of
-            writing the result at the rate of a copy.
+            writing the result at the rate of a copy; for move_out and move_in, of a transfer of as
+            many bytes by `jax.device_put`, from a profiler's trace.
+        peer_us: time of the peer, or None if there is none.
+        peer_error: the part of its bytes that are not ours, or None.
     """
 
     op: str
     case: str
     implementation: str
     ours_us: float
+    peer_us: float | None
+    peer_error: float | None
     xla_us: float | None
     floor_us: float
     bytes: int
@@ -102,27 +83,12 @@ class Record:
         """One line, floats to five digits, with the keys that all benchmarks have."""
         fields = dataclasses.asdict(self)
         fields |= fields.pop("environment")
-        peer = {"peer": "xla" if self.xla_us else None, "peer_us": fields.pop("xla_us")}
-        # Results are the same bytes, as the tests see.
-        fields |= peer | {"flops": 0, "error": 0.0, "peer_error": None}
+        fields |= {"peer": cache_peer.NAME if self.peer_us else None}
+        # Results are the same bytes as the reference's, as the tests see.
+        fields |= {"flops": 0, "error": 0.0}
         return json.dumps(
             {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in fields.items()}
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a case does.
-
-    Attributes:
-        calls: endless; each starts the op.
-        bytes: that it reads and writes.
-        slots: lists of random slots that it reads, or none.
-    """
-
-    calls: Iterator[Call]
-    bytes: int
-    slots: Sequence[Array] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +100,7 @@ class Bench:
         ceilings: of this GPU.
         environment: of the records.
         implementation: of our op.
+        with_peer: also time the peer, where there is one.
         with_xla: also time the op by XLA.
         scale: all cases have so many times fewer tokens, for tests.
     """
@@ -142,6 +109,7 @@ class Bench:
     ceilings: Ceilings
     environment: Environment
     implementation: str
+    with_peer: bool = False
     with_xla: bool = False
     scale: int = 1
 
@@ -157,21 +125,30 @@ class Bench:
 
     def measure(self, case: Case) -> Record:
         """One case."""
+        # Small ones do not heat the chip.
+        timer = self.timer if case.n > 4096 else dataclasses.replace(self.timer, cooldown_s=0.02)
         work = prepare(case, self.implementation, self.scale)
         start = time.perf_counter()
-        jax.block_until_ready(next(work.calls)())
+        result = jax.block_until_ready(next(work.calls)())
         first_call_s = time.perf_counter() - start
-        ours_us = self.timer.measure(work.calls, jax.block_until_ready, what=case.name)
+        ours_us = timer.measure(work.calls, jax.block_until_ready, what=case.name)
         xla_us = None
         if self.with_xla:
             calls = prepare(case, "xla", self.scale).calls
-            xla_us = self.timer.measure(calls, jax.block_until_ready, what=case.name)
+            xla_us = timer.measure(calls, jax.block_until_ready, what=case.name)
+        peer_us = peer_error = None
+        peer = cache_peer.prepare(case) if self.with_peer else None
+        if peer is not None:
+            peer_error = peer.error(result)
+            peer_us = timer.measure(peer.calls, peer.wait, what=case.name)
         gbps = work.bytes / ours_us / 1e3
         return Record(
             op=case.op,
             case=case.name,
             implementation=self.implementation,
             ours_us=ours_us,
+            peer_us=peer_us,
+            peer_error=peer_error,
             xla_us=xla_us,
             floor_us=self._floor_us(case, work),
             bytes=work.bytes,
@@ -184,6 +161,8 @@ class Bench:
         )
 
     def _floor_us(self, case: Case, work: Work) -> float:
+        if work.link:
+            return self._link_us(work.link, work.bytes)
         if not work.slots:
             return work.bytes / self.ceilings.copy_gbps / 1e3
         row_bytes = case.kv_layout.bytes_per_token()
@@ -191,68 +170,16 @@ class Bench:
         written = work.bytes - work.slots[0].size * row_bytes
         return reading + written / self.ceilings.copy_gbps / 1e3
 
-
-def prepare(case: Case, implementation: str, scale: int = 1) -> Work:
-    """The inputs of a case, and its calls."""
-    n, layout, options = max(case.n // scale, 1), case.kv_layout, dict(case.options)
-    width = layout.default_rank + 64
-    latent_bytes, row_bytes = 2 * width, layout.bytes_per_token()
-    how: Any = {"implementation": implementation}
-    if case.op == "append":
-        return _append(case, n, max(CACHE // scale, n), how)
-    if case.op == "quantize":
-        x = _latents(n, width)
-        run = jax.jit(functools.partial(quantize, layout=layout, **options, **how))
-        return Work(itertools.repeat(functools.partial(run, x)), n * (latent_bytes + row_bytes))
-    if case.op == "gather":
-        slots_of = MANY // scale
-        rows = _rows(slots_of, layout)
-        lists = [
-            jax.random.randint(jax.random.key(i), (n,), 0, slots_of, jnp.int32) for i in range(4)
-        ]
-        read = jax.jit(lambda rows, slots: dequantize(rows, slots=slots, **how))
-        calls = itertools.cycle([functools.partial(read, rows, slots) for slots in lists])
-        return Work(calls, n * (latent_bytes + row_bytes), lists)
-    rows = _rows(n, layout)
-    if case.op == "dequantize":
-        run = jax.jit(functools.partial(dequantize, **how))
-        return Work(itertools.repeat(functools.partial(run, rows)), n * (latent_bytes + row_bytes))
-    block, plain = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, KVLayout.FP8_NOPE_FP8_ROPE
-    target = block if layout is plain else plain
-    run = jax.jit(functools.partial(convert, layout=target, **how))
-    size = n * (row_bytes + target.bytes_per_token())
-    return Work(itertools.repeat(functools.partial(run, rows)), size)
-
-
-def _append(case: Case, n: int, slots: int, how: Any) -> Work:
-    cache = init_cache(case.kv_layout, num_pages=-(-slots // 64), index_dim=INDEX_DIM)
-    width = cache.rows.width
-    given = [
-        (
-            jax.random.permutation(jax.random.key(i), cache.num_slots)[:n].astype(jnp.int32),
-            _latents(n, width),
-            _latents(n, INDEX_DIM),
-        )
-        for i in range(4)
-    ]
-    write = jax.jit(functools.partial(append, **how), donate_argnums=0)
-    held = [cache]
-
-    def call(arguments: tuple[Array, Array, Array]) -> object:
-        held[0] = write(held[0], *arguments)
-        return held[0]
-
-    calls = itertools.cycle([functools.partial(call, arguments) for arguments in given])
-    return Work(calls, n * (2 * (width + INDEX_DIM) + cache.bytes_per_token + 4))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _latents(n: int, width: int) -> Array:
-    return jax.random.normal(jax.random.key(n), (n, width), jnp.bfloat16)
-
-
-def _rows(n: int, layout: KVLayout) -> Rows:
-    return quantize(_latents(n, layout.default_rank + 64), layout)
+    def _link_us(self, way: str, size: int) -> float:
+        """Of JAX's own transfer of one array."""
+        kinds = ("device", "pinned_host") if way == "out" else ("pinned_host", "device")
+        device = jax.devices()[0]
+        source, target = (SingleDeviceSharding(device, memory_kind=kind) for kind in kinds)
+        array = jax.device_put(jnp.zeros(size, jnp.uint8), source)
+        # Copies are no kernels.
+        timer = SpanTimer(warmup=2, calls=8) if device.platform == "gpu" else self.timer
+        move = functools.partial(jax.device_put, array, target)
+        return timer.measure(itertools.repeat(move), jax.block_until_ready, what=f"move {way}")
 
 
 def table(records: Sequence[Record]) -> Table:
@@ -260,16 +187,16 @@ def table(records: Sequence[Record]) -> Table:
     first = records[0]
     made = Table(
         title=f"cache, {first.environment.gpu}, µs ({first.method})",
-        caption=f"copy {first.copy_gbps:.0f} GB/s",
+        caption=f"copy {first.copy_gbps:.0f} GB/s; peer: {cache_peer.NAME}",
     )
     made.add_column("case", overflow="fold")
-    for name in ("ours", "xla", "floor", "GB/s", "of a copy", "first call s"):
+    for name in ("ours", "peer", "xla", "floor", "GB/s", "of a copy", "first call s"):
         made.add_column(name, justify="right")
     for record in records:
         made.add_row(
             f"{record.op} {record.case}",
             f"{record.ours_us:.1f}",
-            "-" if record.xla_us is None else f"{record.xla_us:.1f}",
+            *("-" if us is None else f"{us:.1f}" for us in (record.peer_us, record.xla_us)),
             f"{record.floor_us:.1f}",
             f"{record.gbps:.0f}",
             f"{record.of_copy:.0%}",

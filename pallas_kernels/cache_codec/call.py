@@ -71,7 +71,7 @@ def transcode(
     count, warpgroups = spread(source.format, target.format, rows)
     rows_of_a_block = warpgroups * (WARPGROUP // WARP) * count
 
-    def kernel(*refs: Any) -> None:
+    def cache_codec(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
         def emit(_: Any, refs: Any, number: Any) -> None:
             bases = {name: global_address(ref) for name, ref in zip(names, refs, strict=True)}
@@ -95,7 +95,7 @@ def transcode(
         emit(tuple(refs), lax.axis_index("block"))
 
     launch = plgpu.kernel(
-        kernel,
+        cache_codec,
         out_type=() if in_place else tuple(changed.values()),
         # One axis: the others end at 65535.
         grid=(-(-rows // rows_of_a_block),),

@@ -62,7 +62,7 @@ def copy_pages(
     items = sum(pieces)
     num_sources, num_targets = sources[0].shape[0], targets[0].shape[0] if targets else n
 
-    def kernel(*refs: Any) -> None:
+    def page_copy(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
         def emit(_: Any, refs: Any, number: Any) -> None:
             bases = [global_address(ref) for ref in refs]
@@ -96,7 +96,7 @@ def copy_pages(
         emit(tuple(refs), lax.axis_index("block"))
 
     launch = plgpu.kernel(
-        kernel,
+        page_copy,
         out_type=() if targets else tuple(changed),
         # One axis: the others end at 65535.
         grid=(-(-n * items // _WARPS),),

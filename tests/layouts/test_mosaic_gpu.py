@@ -355,12 +355,17 @@ def test_pages_of_host_memory_move_in_place():
     n=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
     spread=st.integers(0, 60),
+    any_bits=st.booleans(),
 )
-def test_any_latents(name: str, n: int, seed: int, spread: int):
+def test_any_latents(name: str, n: int, seed: int, spread: int, any_bits: bool):
     rng = np.random.default_rng(seed)
-    values = rng.standard_normal((40, width_of(name))) * 2.0 ** rng.integers(
-        -spread, spread + 1, (40, width_of(name))
-    )
+    shape = (40, width_of(name))
+    if any_bits:
+        values = rng.integers(0, 1 << 16, shape).astype(np.uint16).view(jnp.bfloat16)
+        values = np.where(rng.random(shape) < rng.random(), values, 0).astype(jnp.bfloat16)
+        values = without_subnormal(values) if name in DIVIDED else values
+    else:
+        values = rng.standard_normal(shape) * 2.0 ** rng.integers(-spread, spread + 1, shape)
     latents = jnp.asarray(values, jnp.bfloat16)
     slots = rng.permutation(64)[:40].astype(np.int32)
     slots[n:] = -1

@@ -1,6 +1,7 @@
 """The absorbed layer against attention with expanded keys and values, dense and chosen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +252,34 @@ def test_indexer_rates_as_written_down():
     best = np.argsort(-rating[15])[:8]
     # fp8 may swap neighbours in rank; most of the choice must agree.
     assert len(set(best) & set(np.asarray(by_page)[0])) >= 6
+
+
+def test_on_a_hopper_one_kernel_normalises_rotates_and_appends(monkeypatch):
+    params, x = problem(3)
+    plan, batch = plan_for(), batch_of([3], [1], 4)
+    given = x[2:], plan.init_cache(4), batch
+
+    def jaxpr() -> str:
+        step = functools.partial(mla_attention, params, CONFIG, plan, phase="decode")
+        return str(jax.make_jaxpr(step)(*given))
+
+    assert "cache_codec" not in jaxpr()
+    monkeypatch.setattr("jmla._implementation.on_hopper", lambda: True)
+    assert jaxpr().count("name=cache_codec") == 1
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_kernel_appends_what_xla_does(monkeypatch):
+    params, x = problem(24)
+    plan, batch = plan_for(), batch_of([24], [24], 4)
+    run = jax.jit(functools.partial(mla_attention, params, CONFIG, plan, phase="prefill"))
+    assert "cache_codec" in run.lower(x, plan.init_cache(8), batch).compile().as_text()
+    ours = run(x, plan.init_cache(8), batch)
+    monkeypatch.setattr("jmla._implementation.on_hopper", lambda: False)
+    run = jax.jit(functools.partial(mla_attention, params, CONFIG, plan, phase="prefill"))
+    assert "cache_codec" not in run.lower(x, plan.init_cache(8), batch).compile().as_text()
+    theirs = run(x, plan.init_cache(8), batch)
+    assert_close(ours.cache.rows.latents, theirs.cache.rows.latents, rel_tol=2**-8, abs_tol=2**-14)
 
 
 def test_gradients_reach_every_parameter_but_the_indexer_is_detached():
