@@ -1,6 +1,8 @@
 """The paged cache: creation, writes of several requests, and updates in place."""
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmla.cache import Cache, append, init_cache
-from jmla.layouts import KVLayout, quantize_index_keys
+from jmla.layouts import BF16Rows, KVLayout, quantize_index_keys
 from tests.layouts.cases import (
     FORMATS,
     RANK,
@@ -19,6 +21,7 @@ from tests.layouts.cases import (
     read,
     u16,
 )
+from tests.layouts.raw import assert_prepared, raw_latents
 
 formats = pytest.mark.parametrize("name", FORMATS)
 INDEX_DIM = 32
@@ -178,3 +181,30 @@ def test_a_donated_cache_is_gone():
     write = jax.jit(append, donate_argnames="cache")
     write(cache, jnp.zeros(1, jnp.int32), latents(1), latents(1, width=INDEX_DIM))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_raw_latents_are_normalised_and_rotated_first(interleaved: bool):
+    cache = init_cache(KVLayout.BF16, num_pages=4, page_size=4, rank=128)
+    slots = np.array([3, -1, 0, 15, 16, 7], np.int32)
+    raw = raw_latents(6, rank=128, interleaved=interleaved)
+    after = jax.jit(append)(cache, jnp.asarray(slots), raw).rows
+    assert isinstance(after, BF16Rows)
+    kept = np.array([0, 2, 3, 5])
+    assert_prepared(after.flat().latents[slots[kept]], raw, kept)
+    assert not np.asarray(after.flat().latents[1]).any()
+
+
+def test_raw_latents_that_do_not_fit_are_refused():
+    cache = init_cache(KVLayout.BF16, num_pages=4, page_size=4, rank=128)
+    raw, slots = raw_latents(6, rank=128), jnp.zeros(6, jnp.int32)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"values": raw.values[:5]}, r"latents.shape=\(5, 192\): expected \[6, 192\]"),
+        ({"gain": raw.gain[:64]}, r"expected bfloat16 or float32 \[128\]"),
+        ({"gain": raw.gain.astype(jnp.float16)}, r"expected bfloat16 or float32 \[128\]"),
+        ({"cos": raw.cos[:5]}, r"cos: .*expected float32 \(6, 32\)"),
+        ({"sin": raw.sin.astype(jnp.bfloat16)}, r"sin: .*expected float32 \(6, 32\)"),
+    ]
+    for change, message in refused:
+        with pytest.raises(ValueError, match=message):
+            append(cache, slots, dataclasses.replace(raw, **change))

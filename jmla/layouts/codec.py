@@ -211,8 +211,9 @@ def convert(
 
     FP8_NOPE_FP8_ROPE to block scale keeps each no-position byte, NaN codes included, and widens
     the rotary part: a cache without a scale gets block scales 1, so nothing is rounded; a cache
-    with a scale gets that scale in each block. The same layout and format gives the same rows.
-    Every other pair dequantises and quantises.
+    with a scale gets that scale in each block. FP8_NOPE_FP8_ROPE to itself keeps codes and scale
+    unless another `scale` is given. The same layout and format gives the same rows. Every other
+    pair dequantises and quantises.
 
     Args:
         rows: the source; packed ones are unpacked first.
