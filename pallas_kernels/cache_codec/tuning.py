@@ -19,13 +19,10 @@ class Spread(NamedTuple):
 
 def spread(source: Format, target: Format, rows: int) -> Spread:
     """That for rows of one format that become rows of another."""
-    if any(part.whole_rows for part in source.parts):
+    if rows <= _FEW_ROWS or any(part.whole_rows for part in source.parts):
         return Spread(1, 1)
-    if rows <= _FEW_ROWS:
-        return Spread(1, 1)
-    # bf16 fills the loads of a lane, and so does nothing else.
+    # bf16 fills the loads of a lane, and so does nothing else; the divisor of a tensor's scale is
+    # made once for all rows of a warp.
     bf16 = all(isinstance(part, BF16Part) for part in source.parts)
-    if any(isinstance(part, TensorPart) and part.scale for part in target.parts):
-        # Nothing orders the divisions of a row's values: a large block bounds their registers.
-        return Spread(4, 4 if bf16 else 1)
-    return Spread(4 if bf16 else 2, 1)
+    divided = any(isinstance(part, TensorPart) and part.scale for part in target.parts)
+    return Spread(4 if bf16 or divided else 2, 1)

@@ -77,6 +77,9 @@ if not packed:
     if width == 576:
         target = KVLayout.BF16 if layout is KVLayout.FP4 else KVLayout.FP4
         add("convert", functools.partial(convert, layout=target, **kernel), cache.rows)
+if layout is KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE:
+    add("convert scaled", functools.partial(convert, layout=KVLayout.FP8_NOPE_FP8_ROPE, scale=0.5,
+        **kernel), cache.rows)
 stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 print(json.dumps([stored, programs]))
 """

@@ -40,4 +40,4 @@ def test_bytes_are_those_read_and_written(op: str, layout: str, size: int):
 
 def test_an_unknown_op_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert command.main(["cache", "--ops", "swap", "--timer", "wall"]) == 2
-    assert "expected names of append" in capsys.readouterr().err
+    assert "expected names of requantize" in capsys.readouterr().err
