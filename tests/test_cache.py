@@ -1,6 +1,7 @@
 """The paged cache: creation, writes of several requests, and updates in place."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -208,3 +209,15 @@ def test_raw_latents_that_do_not_fit_are_refused():
     for change, message in refused:
         with pytest.raises(ValueError, match=message):
             append(cache, slots, dataclasses.replace(raw, **change))
+
+
+def test_under_vmap_xla_appends_raw_latents():
+    raws = [raw_latents(6, rank=128, seed=seed) for seed in range(2)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *raws)
+    cache = init_cache(KVLayout.BF16, num_pages=4, page_size=4, rank=128)
+    slots = jnp.arange(6, dtype=jnp.int32)
+    run = jax.vmap(functools.partial(append, cache, slots, implementation="mosaic_gpu"))
+    rows = jax.jit(run)(both).rows
+    assert isinstance(rows, BF16Rows)
+    for i, raw in enumerate(raws):
+        assert_prepared(rows.latents[i].reshape(16, -1)[:6], raw, np.arange(6))

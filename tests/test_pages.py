@@ -166,3 +166,18 @@ def test_a_named_kernel_says_what_it_cannot_serve(name: str):
     rows = from_bytes(packed, BLOCK, rank=RANK, rope_dim=ROPE_DIM, in_place=True)
     with pytest.raises(NotImplementedError, match="multiples of"):
         dequantize(rows, implementation="mosaic_gpu")
+
+
+def test_under_vmap_xla_does_the_kernels_work():
+    caches = jax.tree.map(lambda *x: jnp.stack(x), filled("pow2"), filled("pow2", seed=1))
+    pages = jnp.array([[[0, 1], [3, 4]], [[5, 2], [-1, 0]]], jnp.int32)
+    for source in (None, caches):
+
+        def move(cache: Cache, source: Cache | None, pages: jax.Array) -> Cache:
+            return move_pages(cache, *pages, source=source, implementation="mosaic_gpu")
+
+        ours = jax.jit(jax.vmap(move))(caches, source, pages)
+        for i in range(2):
+            cache = jax.tree.map(lambda x, i=i: x[i], caches)
+            expected = moved(cache, cache, list(zip(*np.asarray(pages[i]), strict=True)))
+            assert_moved(jax.tree.map(lambda x, i=i: x[i], ours), expected)
