@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
@@ -32,6 +33,7 @@ CACHE = 1 << 19  # slots of a cache that tokens are appended to
 INDEX_DIM = 128
 PAGE = 64
 _VARIANTS = 4  # of slots and latents, that rotate
+_FEW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +130,15 @@ def _gather(case: Case, n: int, pool: int, how: Any) -> Work:
 
 def gathered_slots(n: int, pool: int) -> list[Array]:
     """Lists of random slots of a pool."""
-    return [
-        jax.random.randint(jax.random.key(i), (n,), 0, pool, jnp.int32) for i in range(_VARIANTS)
-    ]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.integers(0, pool, n), jnp.int32) for _ in range(_VARIANTS)]
 
 
 def _pages(case: Case, n: int, how: Any) -> Work:
     layout, pages = case.kv_layout, max(n // PAGE, 1)
     rows = _rows(pages * PAGE, layout).reshape(pages, PAGE)
-    table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32)
-    table = jnp.where(jnp.arange(pages) % 8 == 7, -1, table)
+    chosen = np.random.default_rng(0).permutation(pages)
+    table = jnp.asarray(np.where(np.arange(pages) % 8 == 7, -1, chosen), jnp.int32)
     used = (pages - pages // 8) * PAGE * layout.bytes_per_token()
     read = jax.jit(lambda rows, table: dequantize(rows, pages=table, **how))
     size = used + pages * PAGE * 2 * (layout.default_rank + 64)
@@ -179,11 +180,11 @@ def _updating(cache: Cache, updates: Sequence[Callable[[Cache], Cache]]) -> Iter
 
 def appended_slots(seed: int, n: int, num_pages: int, *, prompt: bool) -> Array:
     """Slots of new tokens: at random, or whole pages of them in a random order."""
-    key = jax.random.key(seed)
+    rng = np.random.default_rng(seed)
     if not prompt:
-        return jax.random.permutation(key, num_pages * PAGE)[:n].astype(jnp.int32)
-    pages = jax.random.permutation(key, num_pages)[: -(-n // PAGE), None]
-    return (pages * PAGE + jnp.arange(PAGE)).reshape(-1)[:n].astype(jnp.int32)
+        return jnp.asarray(rng.permutation(num_pages * PAGE)[:n], jnp.int32)
+    pages = rng.permutation(num_pages)[: -(-n // PAGE), None]
+    return jnp.asarray((pages * PAGE + np.arange(PAGE)).reshape(-1)[:n], jnp.int32)
 
 
 def _packed(cache: Cache) -> Cache:
@@ -210,8 +211,10 @@ def _move(case: Case, pages: int, how: Any) -> Work:
             cache, where = jax.device_put(cache, there), there
         else:
             other = jax.device_put(other, there)
-    keys = jax.random.split(jax.random.key(0), 2 * _VARIANTS)
-    lists = [jax.random.permutation(key, 2 * pages)[:pages].astype(jnp.int32) for key in keys]
+    rng = np.random.default_rng(0)
+    lists = [
+        jnp.asarray(rng.permutation(2 * pages)[:pages], jnp.int32) for _ in range(2 * _VARIANTS)
+    ]
 
     def moved(cache: Cache, source: Cache | None, *pages: Array) -> Cache:
         return move_pages(cache, *pages, source=source, **how)
@@ -226,18 +229,26 @@ def _move(case: Case, pages: int, how: Any) -> Work:
     return Work(_updating(cache, updates), copies * moved_bytes, link=link)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def latents(n: int, width: int) -> Array:
-    """Normal bf16 values."""
+    """Normal bf16 values, the same each time."""
+    if n > _FEW:
+        return _many_latents(n, width)
+    # Of many shapes: a program for each would take longer to compile than all else.
+    values = np.random.default_rng(n).standard_normal((n, width), np.float32)
+    return jnp.asarray(values.astype(jnp.bfloat16))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _many_latents(n: int, width: int) -> Array:
     return jax.random.normal(jax.random.key(n), (n, width), jnp.bfloat16)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def raw_latents(n: int, width: int) -> RawLatents:
     """Such values before norm and rotation."""
-    angle = jax.random.uniform(jax.random.key(1), (n, 32))
-    gain = jnp.ones(width - 64, jnp.bfloat16)
-    return RawLatents(latents(n, width), gain, jnp.cos(angle), jnp.sin(angle), eps=1e-6)
+    angle = np.random.default_rng(1).uniform(0, 6, (n, 32)).astype(np.float32)
+    cos, sin = jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle))
+    gain = jnp.asarray(np.ones(width - 64, jnp.bfloat16))
+    return RawLatents(latents(n, width), gain, cos, sin, eps=1e-6)
 
 
 def _rows(n: int, layout: KVLayout) -> Rows:

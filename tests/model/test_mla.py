@@ -257,15 +257,10 @@ def test_indexer_rates_as_written_down():
 def test_on_a_hopper_one_kernel_normalises_rotates_and_appends(monkeypatch):
     params, x = problem(3)
     plan, batch = plan_for(), batch_of([3], [1], 4)
-    given = x[2:], plan.init_cache(4), batch
-
-    def jaxpr() -> str:
-        step = functools.partial(mla_attention, params, CONFIG, plan, phase="decode")
-        return str(jax.make_jaxpr(step)(*given))
-
-    assert "cache_codec" not in jaxpr()
     monkeypatch.setattr("jmla._implementation.on_hopper", lambda: True)
-    assert jaxpr().count("name=cache_codec") == 1
+    step = functools.partial(mla_attention, params, CONFIG, plan, phase="decode")
+    jaxpr = str(jax.make_jaxpr(step)(x[2:], plan.init_cache(4), batch))
+    assert jaxpr.count("name=cache_codec") == 1
 
 
 @pytest.mark.usefixtures("hopper")
@@ -279,7 +274,7 @@ def test_the_kernel_appends_what_xla_does(monkeypatch):
     run = jax.jit(functools.partial(mla_attention, params, CONFIG, plan, phase="prefill"))
     assert "cache_codec" not in str(run.lower(x, plan.init_cache(8), batch).compile().as_text())
     theirs = run(x, plan.init_cache(8), batch)
-    assert_close(ours.cache.rows.latents, theirs.cache.rows.latents, rel_tol=2**-8, abs_tol=2**-14)
+    assert_close(ours.cache.rows.latents, theirs.cache.rows.latents, **CLOSE)
 
 
 def test_gradients_reach_every_parameter_but_the_indexer_is_detached():
