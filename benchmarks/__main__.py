@@ -8,6 +8,7 @@ python -m benchmarks cache --ops append,requantize
 """
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -235,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(f"error: {error}", markup=False, highlight=False)
         return 2
 
+    # Each measurement collects garbage: not among all that has been imported.
+    gc.freeze()
     path = options.out or records.results_path(environment.gpu)
     done: list[Any] = []
     for record in start(timer, ceilings, environment, failed):
