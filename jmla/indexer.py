@@ -4,6 +4,18 @@
 
 `indexer_logits` scores keys that lie back to back, each query inside its own window of them;
 `paged_indexer_logits` scores the pages of a cache. `jmla.topk.select_topk` picks from either.
+
+`implementation`:
+
+- `"xla"` runs everywhere: products are exact, sums f32.
+- `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0) for queries and keys in e4m3, 1 to
+  64 heads of 64 or 128 values, and pages of any size at multiples of 16 bytes. Its tensor cores add
+  a head's products with fewer bits than f32 has, as they do in every FP8 product of that GPU. It
+  holds nothing beside its result, but for `PagedIndexKeyRows` that stand alone, which it unpacks
+  first. It has no derivative. A call that it does not serve raises NotImplementedError with every
+  reason. Any machine can trace and lower it, to compile it ahead of time.
+- None is `"mosaic_gpu"` where JAX's default device is a GPU of compute capability 9.0 and the
+  kernel serves the call, and `"xla"` otherwise.
 """
 
 from collections.abc import Callable
@@ -14,7 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jmla import _mosaic_logits
 from jmla._checks import check_int32
+from jmla._implementation import choose
 from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
 from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.topk import paged_indices
@@ -25,6 +39,7 @@ _CPU_BLOCK_PRODUCTS = 1 << 20
 _BLOCK_PRODUCTS = 1 << 26
 
 _Keys = IndexKeyRows | PagedIndexKeyRows
+_OTHERS = ("xla",)
 
 
 def quantize_index_query(
@@ -63,12 +78,13 @@ def indexer_logits(
     keys: _Keys,
     starts: Int[Array, " t"],
     ends: Int[Array, " t"],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "t s"]:
     """Logits of contiguous keys, -inf outside each query's window `[starts, ends)`.
 
-    Products are exact, sums f32. Beside its result and copies of the result's size, a call holds
-    one block of per-head products: at most 2**20 f32 on CPU, 2**26 elsewhere, provided that
-    4096 * heads is not more than that.
+    Beside its result and copies of the result's size, `"xla"` holds one block of per-head products:
+    at most 2**20 f32 on CPU, 2**26 elsewhere, provided that 4096 * heads is not more than that.
 
     Args:
         q: e4m3 or bf16 `[t, heads, dim]`.
@@ -76,18 +92,23 @@ def indexer_logits(
         keys: token shape `[s]`. Those outside every window may hold anything, NaN included.
         starts: int32 `[t]`, first key of each window; below 0 means 0.
         ends: int32 `[t]`, one past the last; above `s` means `s`; not above `starts` means empty.
+        implementation: see the module.
 
     Returns:
         f32 `[t, s]`.
 
     Raises:
         ValueError: wrong shapes or dtypes.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     _check_query(q, weights, keys, rank=3)
     if len(keys.shape) != 1:
         raise ValueError(f"{keys.shape=}: expected token shape [s]; keys.flat() merges pages")
     check_int32("starts", starts, q.shape[:1])
     check_int32("ends", ends, q.shape[:1])
+    if _takes_kernel(q, keys, implementation):
+        queries = _mosaic_logits.Queries(q[None], weights[None], starts[None], ends[None], None)
+        return _mosaic_logits.logits(queries, keys)[0]
     (num_keys,) = keys.shape
     count, size = _split(num_keys, _BLOCK_KEYS)
     extra = count * size - num_keys
@@ -114,11 +135,13 @@ def paged_indexer_logits(
     keys: _Keys,
     page_table: Int[Array, "b pages"],
     lengths: Int[Array, "b s_q"],
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "b s_q positions"]:
     """Logits of each request's own pages, in the order of its positions.
 
-    Holds one block of per-head products at a time (the bound of `indexer_logits`), and the keys
-    that this block needs.
+    `"xla"` holds one block of per-head products at a time (the bound of `indexer_logits`), and the
+    keys that this block needs.
 
     Args:
         q: e4m3 or bf16 `[b, s_q, heads, dim]`.
@@ -126,6 +149,7 @@ def paged_indexer_logits(
         keys: token shape `[pages, page_size]`. Pages that no request uses may hold anything.
         page_table: int32 `[b, max_pages]`; entries past a request's end may hold anything.
         lengths: int32 `[b, s_q]`, how many positions each query sees.
+        implementation: see the module.
 
     Returns:
         f32 `[b, s_q, max_pages * page_size]`, -inf at positions not below the length and at those
@@ -133,6 +157,7 @@ def paged_indexer_logits(
 
     Raises:
         ValueError: wrong shapes or dtypes.
+        NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
     _check_query(q, weights, keys, rank=4)
     if len(keys.shape) != 2:
@@ -146,6 +171,9 @@ def paged_indexer_logits(
     num_positions = page_table.shape[1] * page_size
     if 0 in (b, s_q, num_positions):
         return jnp.zeros((b, s_q, num_positions), jnp.float32)
+    if _takes_kernel(q, keys, implementation):
+        queries = _mosaic_logits.Queries(q, weights, None, lengths, page_table)
+        return _mosaic_logits.logits(queries, keys)
 
     positions = lax.broadcasted_iota(jnp.int32, (b, num_positions), 1)
     slots = paged_indices(positions, page_table, page_size=page_size)
@@ -219,6 +247,11 @@ def _check_query(q: Array, weights: Array, keys: _Keys, *, rank: int) -> None:
         raise ValueError(
             f"{weights.shape=}, {weights.dtype=}: expected f32 {list(q.shape[:-1])}, one per head"
         )
+
+
+def _takes_kernel(q: Array, keys: _Keys, implementation: str | None) -> bool:
+    reasons = _mosaic_logits.unsupported_reasons(q, keys)
+    return choose(implementation, reasons, _OTHERS) == "mosaic_gpu"
 
 
 def _split(total: int, largest: int) -> tuple[int, int]:

@@ -17,11 +17,17 @@ from pallas_kernels.device.simt import (
 )
 
 CHUNK = 16  # bytes of one copy
+WORD = 4
 
 
 def copy(destination: Value, source: Value, size: Value) -> None:
     """Begins to copy a chunk to shared memory: `size` bytes of it, and zeros for the rest."""
     ptx(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}, $2;", destination, source, size)
+
+
+def copy_word(destination: Value, source: Value, size: Value) -> None:
+    """Begins to copy a word to shared memory: `size` bytes of it, and zeros for the rest."""
+    ptx(f"cp.async.ca.shared.global [$0], [$1], {WORD}, $2;", destination, source, size)
 
 
 def prefetch(source: Value, size: Value) -> None:

@@ -442,6 +442,11 @@ def fmax(a: Value, b: Value) -> Value:
     return ptx("max.f32 $0, $1, $2;", a, b, out="f", pure=True)[0]
 
 
+def relu(a: Value) -> Value:
+    """The larger of a float and 0; a NaN stays."""
+    return ptx("max.NaN.f32 $0, $1, 0f00000000;", a, out="f", pure=True)[0]
+
+
 def exp2(a: Value) -> Value:
     """2^a to two units in the last place."""
     return ptx("ex2.approx.ftz.f32 $0, $1;", a, out="f", pure=True)[0]

@@ -113,6 +113,41 @@ def _issue(
     return [Value(llvm.extractvalue(f32_type(), packed, [i])) for i in range(size)]
 
 
+def first_e4m3_step(columns: int, a: Value, b: Value) -> list[Value]:
+    """a b^T, issued, not finished: 32 k of 64 rows and so many columns.
+
+    Args:
+        columns: of D, rows of B.
+        a: descriptor of A, e4m3, rows of k.
+        b: the same of B.
+    """
+    size = columns // 2
+    return _e4m3(size, "0", ["l", "l"], [a, b])
+
+
+def e4m3_step(acc: Sequence[Value], a: Value, b: Value) -> list[Value]:
+    """acc + a b^T, as `first_e4m3_step`."""
+    tied = [str(i) for i in range(len(acc))]
+    return _e4m3(len(acc), "1", [*tied, "l", "l"], [*acc, a, b])
+
+
+def _e4m3(
+    size: int, adds: str, constraints: Sequence[str], operands: Sequence[Value]
+) -> list[Value]:
+    names = ",".join(f"${i}" for i in range(size))
+    first = size + len(operands) - 2
+    packed = llvm.inline_asm(
+        llvm.StructType.get_literal([f32_type()] * size),
+        [value.ir for value in operands],
+        f"wgmma.mma_async.sync.aligned.m64n{2 * size}k32.f32.e4m3.e4m3 "
+        f"{{{names}}}, ${first}, ${first + 1}, {adds}, 1, 1;",
+        ",".join(["=f"] * size + list(constraints)),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [Value(llvm.extractvalue(f32_type(), packed, [i])) for i in range(size)]
+
+
 def begin(values: Sequence[Value]) -> list[Value]:
     """Before the first product that reads or adds to `values`."""
     return fence_registers(values, "wgmma.fence.sync.aligned;")

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-INITIAL_REGISTERS = 128  # 65536 for 512 threads
+_REGISTERS = 65536 // 128  # of a thread of each warpgroup, in sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Program:
         block: the block as one thread sees it, from the launch's shape, references to the arrays
             in shared and in global memory, and its number in the grid; it has `initialise`.
         roles: registers per thread and code of each warpgroup. The registers are multiples of 8,
-            in sum at most 512: more would stop the kernel for ever.
+            in sum at most 512, and at most what a launch gives, a multiple of 8, for each: more
+            would stop the kernel for ever.
         cluster: neighbouring blocks that run at the same time and can write to one another's
             shared memory. If there are more than one, the block has `leave`, too.
     """
@@ -58,6 +59,7 @@ def launch(
     cluster: dict[str, Any] = {}
     if program.cluster > 1:
         cluster = {"cluster": (program.cluster,), "cluster_names": ("part",)}
+    initial = _REGISTERS // len(program.roles) // 8 * 8
 
     def kernel(*refs: Any) -> None:
         arrays = dict(zip(names, refs, strict=False))
@@ -82,7 +84,7 @@ def launch(
         def role(warpgroup: int, registers: int, code: Callable[[Any], None]) -> None:
             @pl.when(lax.axis_index("warpgroup") == warpgroup)
             def _() -> None:
-                if registers > INITIAL_REGISTERS:
+                if registers > initial:
                     plgpu.set_max_registers(registers, action="increase")
                 else:
                     plgpu.set_max_registers(registers, action="decrease")

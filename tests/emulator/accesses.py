@@ -76,9 +76,9 @@ def _word(value: Any) -> np.ndarray:
     return np.broadcast_to(value, LANES).astype(np.uint32)
 
 
-@instruction(r"cp\.async\.cg\.shared\.global", targets=0)
+@instruction(r"cp\.async\.(cg|ca)\.shared\.global", targets=0)
 def copy(match: re.Match, place: Any, source: Any, chunk: int, size: Any) -> None:
-    current().copies.begin(place, source, size)
+    current().copies.begin(place, source, chunk, size)
 
 
 @instruction(r"cp\.async\.commit_group", targets=0)

@@ -11,7 +11,7 @@ from tests.emulator.ptx import instruction
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
-_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOATS = {"f16": F16, "bf16": BF16}
 _NAN = 0x7FFFFFFF  # the only one that arithmetic makes
 _SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -71,14 +71,14 @@ def truncate(match: re.Match, upper: np.ndarray, lower: np.ndarray) -> np.ndarra
 @instruction(r"cvt\.rn\.satfinite\.e4m3x2\.f32")
 def encode_codes(match: re.Match, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     values = np.clip(np.stack([_float(lower), _float(upper)], axis=1), -448, 448)
-    codes = values.astype(_E4M3).view(np.uint8)
+    codes = values.astype(E4M3).view(np.uint8)
     codes = np.where(np.isnan(values), 0x7F, codes).astype(np.uint8)
     return codes.view(np.uint16).reshape(-1)
 
 
 @instruction(r"cvt\.rn\.f16x2\.e4m3x2")
 def widen_codes(match: re.Match, codes: np.ndarray) -> np.ndarray:
-    return words(np.ascontiguousarray(codes).view(_E4M3).reshape(-1, 2).astype(F16))
+    return words(np.ascontiguousarray(codes).view(E4M3).reshape(-1, 2).astype(F16))
 
 
 @instruction(r"cvt\.rn\.f16\.f32")
@@ -160,9 +160,10 @@ def fma(match: re.Match, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndar
     return _bits(_float(a).astype(np.float64) * _float(b) + _float(c))
 
 
-@instruction(r"max\.f32")
-def maximum(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return _bits(np.fmax(_float(a), _float(b)))
+@instruction(r"max(\.NaN)?\.f32")
+def maximum(match: re.Match, a: np.ndarray, b: Any) -> np.ndarray:
+    other = np.broadcast_to(np.uint32(b) if isinstance(b, int) else b, a.shape)
+    return _bits((np.maximum if match[1] else np.fmax)(_float(a), _float(other)))
 
 
 @instruction(r"min\.NaN\.xorsign\.abs\.f32")

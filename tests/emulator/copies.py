@@ -7,8 +7,6 @@ import numpy as np
 from tests.emulator.faults import Fault
 from tests.emulator.warpgroup import Warpgroup, current
 
-CHUNK = 16
-
 
 class _Copy(NamedTuple):
     words: np.ndarray
@@ -23,18 +21,20 @@ class Copies:
         self._groups: list[list[_Copy]] = []
         self._open: list[_Copy] = []
 
-    def begin(self, places: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
-        """The running threads copy a chunk each, of `sizes` bytes and zeros."""
+    def begin(
+        self, places: np.ndarray, sources: np.ndarray, chunk: int, sizes: np.ndarray
+    ) -> None:
+        """The running threads copy a chunk of that size each, `sizes` bytes of it and zeros."""
         group = current()
         shared = group.block.shared
-        words = shared.words(places, CHUNK)
+        words = shared.words(places, chunk)
         # Even a copy of nothing names a chunk that exists.
-        values = group.block.memory.read(sources[group.mask], CHUNK // 4)
+        values = group.block.memory.read(sources[group.mask], chunk // 4)
         sizes = sizes[group.mask]
-        if (sizes > CHUNK).any():
-            raise Fault(f"{sizes.max()=}: {CHUNK=}")
+        if (sizes > chunk).any():
+            raise Fault(f"{sizes.max()=}: {chunk=}")
         as_bytes = values.view(np.uint8)
-        as_bytes[np.arange(CHUNK) >= sizes[:, None]] = 0
+        as_bytes[np.arange(chunk) >= sizes[:, None]] = 0
         threads = group.threads[group.mask]
         shared.races.write(words, threads, unfinished=True)
         shared.forget(words)

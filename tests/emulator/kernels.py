@@ -60,6 +60,7 @@ def kernels() -> Kernels:
         pages = importlib.import_module(f"{_PACKAGE}.page_copy.call")
         _replace(pages, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
+        importlib.import_module(f"{_PACKAGE}.indexer_logits.call")
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 

@@ -61,8 +61,10 @@ def _inline_asm(
     asm_dialect: int,
     has_side_effects: bool,
 ) -> Any:
-    """Code whose outputs are its first inputs, changed or not."""
+    """Code whose outputs are its first inputs, changed or not; a product's may be new."""
     size = constraints.count("=")
+    if re.fullmatch(r"(=f,)+l,l", constraints) and text.startswith("wgmma.mma_async"):
+        return current().products.issue(text, size, operands)
     if not re.fullmatch(r"(=[rfl],)+" + ",".join(map(str, range(size))) + "(,[rl])*", constraints):
         raise NotImplementedError(f"{constraints=}: expected outputs tied to the first inputs")
     if text.startswith("wgmma.mma_async"):

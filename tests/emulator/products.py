@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.emulator.arithmetic import FLOATS, pairs
+from tests.emulator.arithmetic import E4M3, FLOATS, pairs
 from tests.emulator.faults import Fault
 from tests.emulator.lanes import LANES, WARP, F32Type, Lanes, Type
 from tests.emulator.ptx import instruction
 from tests.emulator.shared_memory import REGION
 from tests.emulator.warpgroup import WARPS, Warpgroup, current
 
-K = 16
+K_BYTES = 32  # of a row of an operand in shared memory that one product takes
+K = K_BYTES // 2  # of 16 bits each
 ROWS = 64
 _ROW_BYTES = 128
 _PLAIN, _SWIZZLE_128 = 0, 1
@@ -22,6 +23,10 @@ _PLAIN_ROW_BYTES = 16
 _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2 "
     r"\{[^}]*\}, (\{[^}]*\}|\$\d+), \$\d+, ([^;]*);"
+)
+_E4M3_PRODUCT = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.f32\.e4m3\.e4m3 "
+    r"\{[^}]*\}, \$\d+, \$\d+, ([01]), 1, 1;"
 )
 
 
@@ -65,10 +70,15 @@ class Products:
         self._open = Group()
 
     def issue(self, text: str, size: int, operands: list[Lanes]) -> list[Lanes]:
-        """D + A B: `operands` are D, A as four words or a descriptor, and a descriptor of B."""
-        match = _PRODUCT.fullmatch(text)
+        """D + A B: `operands` are D, A as four words or a descriptor, and a descriptor of B.
+
+        D of `size` elements may be left out where it is not added to.
+        """
         group = current()
         group.expect_all("wgmma")
+        if match := _E4M3_PRODUCT.fullmatch(text):
+            return self._issue_e4m3(group, match, size, operands)
+        match = _PRODUCT.fullmatch(text)
         if match is None or int(match[1]) != 2 * size:
             raise NotImplementedError(f"{text=}: the emulator does not know this product")
         flags = [int(flag) for flag in match[4].split(",")]
@@ -83,9 +93,26 @@ class Products:
             a = left.view(kind).astype(np.float32)
         right = b.astype(np.float32)
         product = a @ (right if transposed else right.T)
+        return self._sums(product, operands[:size] if adds else [], size)
+
+    def _issue_e4m3(
+        self, group: Warpgroup, match: re.Match, size: int, operands: list[Lanes]
+    ) -> list[Lanes]:
+        if int(match[1]) != 2 * size or len(operands) != 2 + size * int(match[2]):
+            raise NotImplementedError(f"{match[0]=}, {len(operands)=}: expected D where it adds")
+        a, b = (
+            self._shared(group, _address(each), rows, False).view(E4M3).astype(np.float32)
+            for each, rows in ((operands[-2], ROWS), (operands[-1], 2 * size))
+        )
+        return self._sums(a @ b.T, operands[:-2], size)
+
+    def _sums(self, product: np.ndarray, before: list[Lanes], size: int) -> list[Lanes]:
+        """What each thread has of a product, with what it had before if that is added."""
         own = product[_places(size)]
-        sums = [x.held if isinstance(x, Sum) else x.array for x in operands[:size]]
-        return [Sum(x + y if adds else y, self._open) for x, y in zip(sums, own, strict=True)]
+        if not before:
+            return [Sum(x, self._open) for x in own]
+        sums = [x.held if isinstance(x, Sum) else x.array for x in before]
+        return [Sum(x + y, self._open) for x, y in zip(sums, own, strict=True)]
 
     def commit(self) -> None:
         self._groups.append(self._open)

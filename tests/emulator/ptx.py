@@ -130,7 +130,7 @@ def _operand(text: str) -> Operand:
         name, _, offset = text.strip("[]").partition("+")
         number = int(offset or "0")
         return lambda registers: registers[name] + registers[name].dtype.type(number)
-    if re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", text):
-        constant = int(text, 0)
+    if re.fullmatch(r"-?\d+|0[xf][0-9a-fA-F]+", text):
+        constant = int(text.replace("f", "x", 1) if text.startswith("0f") else text, 0)
         return lambda registers: constant
     return lambda registers: registers[text]
