@@ -75,7 +75,7 @@ def scorer(block: Block, number: int) -> None:
     turn, chosen = number // tuning.sets, number % tuning.sets
 
     def one(share: Share, carry: list[Value]) -> list[Value]:
-        group, lower, upper = share
+        lower, upper = share.lower, share.upper
         slot = Ring(QUERY_SLOTS, *carry[3:])
 
         def begin() -> list[Value]:
@@ -108,7 +108,9 @@ def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring
     block.full.wait(ring.slot, ring.phase)
     proxy_fence()
     keys = block.shared["tiles"] + ring.slot * TILE_BYTES
-    running = [_product(block, keys + i * PRODUCT * wgmma.ROW_BYTES, place) for i in range(PRODUCTS)]
+    running = [
+        _product(block, keys + i * PRODUCT * wgmma.ROW_BYTES, place) for i in range(PRODUCTS)
+    ]
     # After the sums are joined, a thread has one key: of its two rows by the lower bit of its
     # number in the quad, and of the products by the upper one.
     row = thread.warp * 16 + thread.quad + ((thread.column & 1) << 3)

@@ -21,9 +21,7 @@ class Copies:
         self._groups: list[list[_Copy]] = []
         self._open: list[_Copy] = []
 
-    def begin(
-        self, places: np.ndarray, sources: np.ndarray, chunk: int, sizes: np.ndarray
-    ) -> None:
+    def begin(self, places: np.ndarray, sources: np.ndarray, chunk: int, sizes: np.ndarray) -> None:
         """The running threads copy a chunk of that size each, `sizes` bytes of it and zeros."""
         group = current()
         shared = group.block.shared

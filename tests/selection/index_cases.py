@@ -44,8 +44,9 @@ class Case:
         keys = keys * _f64(self.rows.scales)[..., None]
         out = []
         for i in range(len(q)):
-            products = np.maximum(np.einsum("thd,sd->ths", q[i], keys[i % len(keys)]), 0)
-            out.append(np.einsum("ths,th->ts", products, _f64(self.queries.weights[i])))
+            t, heads, dim = q[i].shape
+            products = np.maximum(q[i].reshape(-1, dim) @ keys[i].T, 0).reshape(t, heads, -1)
+            out.append((_f64(self.queries.weights[i])[:, None] @ products)[:, 0])
         return np.where(self.seen(), np.stack(out), -np.inf)
 
 
