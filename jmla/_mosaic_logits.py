@@ -77,9 +77,12 @@ def logits(queries: Queries, keys: Keys) -> Float[Array, "requests queries posit
     return _compiled(queries, keys)
 
 
-@jax.jit
-def _compiled(queries: Queries, keys: Keys) -> Array:
+def _mapped(queries: Queries, keys: Keys) -> Array:
     return jax.custom_batching.sequential_vmap(_launch)(queries, keys)
+
+
+# Compiled at the level of the module: a call outside jit would compile the kernel every time.
+_compiled = jax.jit(_mapped)
 
 
 def _launch(queries: Queries, keys: Keys) -> Array:

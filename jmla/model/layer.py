@@ -1,9 +1,11 @@
 """A whole MLA layer over a paged cache: project, append, choose, attend, project back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla.backends import Phase
@@ -23,6 +25,9 @@ from jmla.model.mla import (
 )
 from jmla.plan import Plan
 from jmla.topk import select_topk
+
+# Most f32 logits that a prefill holds at once: 512 MiB. At least those of one token.
+_MOST_LOGITS = 1 << 27
 
 
 @jax.tree_util.register_dataclass
@@ -133,16 +138,16 @@ def choose_positions(
         batch: where each token belongs; for "decode" the same number of tokens for each request.
         k: how many.
         phase: "decode" scores pages where they lie; "prefill" lays the keys of all requests back
-            to back once for all tokens, and its f32 logits have a column for each slot of the page
-            table: cut long prompts into chunks accordingly.
-        implementation: of `jmla.select_topk`.
+            to back once for all tokens. Its logits have a column for each slot of the page table,
+            and it takes so many tokens at a time that they are at most 2**27, or those of one.
+        implementation: of `jmla.indexer_logits` and `jmla.select_topk`.
 
     Returns:
         int32 `[tokens, k]`, -1 for none.
 
     Raises:
         ValueError: the cache keeps no index keys.
-        NotImplementedError: the named implementation cannot serve the selection.
+        NotImplementedError: the named implementation cannot serve the logits or the selection.
     """
     keys = cache.index_keys
     if keys is None:
@@ -161,19 +166,38 @@ def choose_positions(
             keys,
             batch.page_table,
             batch.lengths.reshape(by_request),
+            implementation=implementation,
         )
         logits = logits.reshape(tokens, -1)
         return select_topk(logits, batch.lengths, k, implementation=implementation)
-    requests, pages = batch.page_table.shape
-    rows = keys.gather(batch.ragged_slots(requests * pages * batch.page_size))
-    logits = indexer_logits(queries, weights, rows, batch.window_starts, batch.window_ends)
-    return select_topk(
-        logits,
-        batch.lengths,
-        k,
-        row_starts=batch.window_starts,
-        implementation=implementation,
-    )
+    columns = batch.page_table.size * batch.page_size
+    rows = keys.gather(batch.ragged_slots(columns))
+
+    def choose(each: tuple[Array, ...]) -> Array:
+        queries, weights, starts, ends, lengths = each
+        logits = indexer_logits(queries, weights, rows, starts, ends, implementation=implementation)
+        return select_topk(logits, lengths, k, row_starts=starts, implementation=implementation)
+
+    tokenwise = (queries, weights, batch.window_starts, batch.window_ends, batch.lengths)
+    return _in_blocks(choose, tokenwise, max(1, _MOST_LOGITS // max(1, columns)))
+
+
+def _in_blocks(
+    function: Callable[[tuple[Array, ...]], Array], operands: tuple[Array, ...], largest: int
+) -> Array:
+    """The function of so many entries of each operand at a time, and of zeros after the last."""
+    total = operands[0].shape[0]
+    count = -(-total // largest)
+    if count <= 1:
+        return function(operands)
+    size = -(-total // count)
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, count * size - total), *((0, 0),) * (x.ndim - 1)))
+        return padded.reshape(count, size, *x.shape[1:])
+
+    result = lax.map(function, tuple(split(x) for x in operands))
+    return result.reshape(count * size, *result.shape[2:])[:total]
 
 
 def _append(

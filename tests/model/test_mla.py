@@ -14,6 +14,7 @@ from jmla.model import (
     Rope,
     choose_positions,
     init_mla,
+    layer,
     mla_attention,
     project,
 )
@@ -275,6 +276,20 @@ def test_the_kernel_appends_what_xla_does(monkeypatch):
     assert "cache_codec" not in str(run.lower(x, plan.init_cache(8), batch).compile().as_text())
     theirs = run(x, plan.init_cache(8), batch)
     assert_close(ours.cache.rows.latents, theirs.cache.rows.latents, **CLOSE)
+
+
+def test_tokens_choose_alike_however_many_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    params, x = problem(13)
+    plan, batch = plan_for(), batch_of([13], [13], 4)
+
+    def positions() -> np.ndarray:
+        cache = plan.init_cache(4)
+        return positions_of(mla_attention(params, CONFIG, plan, x, cache, batch, phase="prefill"))
+
+    at_once = positions()
+    # The page table has room for 16: five tokens at a time, and two entries of padding.
+    monkeypatch.setattr(layer, "_MOST_LOGITS", 5 * 16)
+    np.testing.assert_array_equal(positions(), at_once)
 
 
 def test_gradients_reach_every_parameter_but_the_indexer_is_detached():
