@@ -4,6 +4,7 @@ python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
 python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64
 python -m benchmarks select_topk
+python -m benchmarks indexer_logits
 python -m benchmarks cache --ops append,requantize
 """
 
@@ -20,7 +21,17 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cache, cache_peer, peers, records, select_topk, sparse_decode, sparse_prefill
+from benchmarks import (
+    cache,
+    cache_peer,
+    indexer_logits,
+    peers,
+    records,
+    select_topk,
+    sparse_decode,
+    sparse_prefill,
+)
+from benchmarks.deep_gemm import DeepGEMM
 from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
@@ -39,6 +50,7 @@ Start = Callable[..., Iterator[Any]]
 CASES = {case.name: case for case in sparse_decode.CASES}
 PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
+LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
 CACHE_OPS = {case.op: case.op for case in cache.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
@@ -79,6 +91,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
     _add_common(op, "SGLang's fast_topk; needs PyTorch and sglang-kernel's library")
+    op = ops.add_parser("indexer_logits", help=indexer_logits.__doc__)
+    op.add_argument("--cases", default=",".join(LOGITS_CASES), help="names (default: %(default)s)")
+    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
+    _add_common(op, "DeepGEMM; needs PyTorch, sgl-deep-gemm and CUDA's compiler")
     op = ops.add_parser("cache", help=cache.__doc__)
     op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
@@ -166,6 +182,20 @@ def _select_topk(options: argparse.Namespace) -> Start:
     return start
 
 
+def _indexer_logits(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, LOGITS_CASES, "--cases")
+    if options.peer and any(case.has_peer for case in cases):
+        DeepGEMM.load()
+
+    def start(timer, ceilings, environment, failed):
+        bench = indexer_logits.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, failed=failed)
+
+    return start
+
+
 def _cache(options: argparse.Namespace) -> Start:
     ops = chosen(options.ops, CACHE_OPS, "--ops")
     if options.peer:
@@ -189,12 +219,14 @@ _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
     "sparse_prefill": _sparse_prefill,
     "select_topk": _select_topk,
+    "indexer_logits": _indexer_logits,
     "cache": _cache,
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
     "sparse_prefill": records.table,
     "select_topk": select_topk.table,
+    "indexer_logits": indexer_logits.table,
     "cache": cache.table,
 }
 

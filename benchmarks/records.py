@@ -14,7 +14,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ("jax", "jaxlib", "torch", "sgl-flash-mla", "sglang-kernel")
+PACKAGES = ("jax", "jaxlib", "torch", "sgl-flash-mla", "sglang-kernel", "sgl-deep-gemm")
 
 
 @dataclasses.dataclass(frozen=True)
