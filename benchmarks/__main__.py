@@ -5,6 +5,7 @@ python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 
 python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64
 python -m benchmarks select_topk
 python -m benchmarks indexer_logits
+python -m benchmarks decode_step
 python -m benchmarks cache --ops append,requantize
 """
 
@@ -24,6 +25,7 @@ from rich.table import Table
 from benchmarks import (
     cache,
     cache_peer,
+    decode_step,
     indexer_logits,
     peers,
     records,
@@ -51,6 +53,7 @@ CASES = {case.name: case for case in sparse_decode.CASES}
 PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
 LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
+STEP_CASES = {case.name: case for case in decode_step.CASES}
 CACHE_OPS = {case.op: case.op for case in cache.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
@@ -95,6 +98,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op.add_argument("--cases", default=",".join(LOGITS_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
     _add_common(op, "DeepGEMM; needs PyTorch, sgl-deep-gemm and CUDA's compiler")
+    op = ops.add_parser("decode_step", help=decode_step.__doc__)
+    op.add_argument("--cases", default=",".join(STEP_CASES), help="names (default: %(default)s)")
+    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
+    _add_common(op, "DeepGEMM, SGLang's selection and FlashMLA, which need PyTorch")
     op = ops.add_parser("cache", help=cache.__doc__)
     op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
@@ -196,6 +203,21 @@ def _indexer_logits(options: argparse.Namespace) -> Start:
     return start
 
 
+def _decode_step(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, STEP_CASES, "--cases")
+    if options.peer:
+        DeepGEMM.load()
+        peers.check()
+
+    def start(timer, ceilings, environment, failed):
+        bench = decode_step.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, failed=failed)
+
+    return start
+
+
 def _cache(options: argparse.Namespace) -> Start:
     ops = chosen(options.ops, CACHE_OPS, "--ops")
     if options.peer:
@@ -220,6 +242,7 @@ _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_prefill": _sparse_prefill,
     "select_topk": _select_topk,
     "indexer_logits": _indexer_logits,
+    "decode_step": _decode_step,
     "cache": _cache,
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
@@ -227,6 +250,7 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_prefill": records.table,
     "select_topk": select_topk.table,
     "indexer_logits": indexer_logits.table,
+    "decode_step": decode_step.table,
     "cache": cache.table,
 }
 

@@ -24,6 +24,7 @@ from jmla.layouts import IndexKeyRows, paged_index_keys
 Form = Literal["pages", "leaves", "ragged"]
 
 DIM, PAGE = 128, 64
+POOL_BYTES = 1 << 29  # of keys that calls choose pages from: some times the GPU's L2 cache
 _PEER_TOPK = 2048  # the only one that SGLang's selection has
 _LARGEST_ERROR = 1e-2
 
@@ -171,7 +172,6 @@ class Bench:
         environment: where and when.
         implementation: of our ops; None takes the library's choice.
         with_peer: also measure DeepGEMM.
-        pool_bytes: of keys that calls choose their pages from: some times the GPU's L2 cache.
     """
 
     timer: Timer
@@ -179,7 +179,6 @@ class Bench:
     environment: Environment
     implementation: str | None = None
     with_peer: bool = True
-    pool_bytes: int = 1 << 29
 
     def run(
         self, cases: Sequence[Case], *, failed: Callable[[str, Exception], None]
@@ -193,7 +192,7 @@ class Bench:
                 failed(case.name, error)
 
     def _measure(self, case: Case) -> Record:
-        sets = draw(case, self.pool_bytes)
+        sets = draw(case)
         ours = jax.jit(functools.partial(_run, case, self.implementation))
         start = time.perf_counter()
         got = np.asarray(jax.block_until_ready(ours(*sets[0].operands)))
@@ -261,7 +260,7 @@ def _run(case: Case, implementation: str | None, *operands: Any) -> Array:
     )
 
 
-def draw(case: Case, pool_bytes: int) -> list[Inputs]:
+def draw(case: Case) -> list[Inputs]:
     """Inputs of calls that follow one another: of different pages, until all have been read."""
     keys, q_key, w_key = jax.random.split(jax.random.key(0), 3)
     shape = (case.b, case.heads) if case.form == "ragged" else (case.b, case.s_q, case.heads)
@@ -274,7 +273,7 @@ def draw(case: Case, pool_bytes: int) -> list[Inputs]:
         ends = jnp.arange(case.s_kv - case.b, case.s_kv, dtype=jnp.int32) + 1
         return [Inputs((q, weights, rows, starts, ends), None)]
     own = case.b * case.s_kv // PAGE
-    pages = max(own, pool_bytes // (PAGE * (DIM + 4)))
+    pages = max(own, POOL_BYTES // (PAGE * (DIM + 4)))
     rows = _rows(keys, pages * PAGE).reshape(pages, PAGE)
     packed = None
     if case.form == "pages":

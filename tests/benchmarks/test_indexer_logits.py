@@ -37,7 +37,7 @@ def test_the_command_writes_what_it_measures(
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})
-    monkeypatch.setattr(indexer_logits.Bench, "pool_bytes", 1 << 14)
+    monkeypatch.setattr(indexer_logits, "POOL_BYTES", 1 << 14)
     path = tmp_path / "results.jsonl"
     arguments = f"indexer_logits --timer wall --implementation xla --no-peer --out {path}"
     assert command.main(arguments.split()) == 0
