@@ -19,9 +19,11 @@ from benchmarks.deep_gemm import DeepGEMM
 from benchmarks.floors import Ceilings
 from benchmarks.records import Environment, cell, to_json_line
 from benchmarks.timing import MeasurementError, Timer
-from jmla.layouts import IndexKeyRows, paged_index_keys
+from jmla.layouts import IndexKeyRows, PagedIndexKeyRows, paged_index_keys
 
 Form = Literal["pages", "leaves", "ragged"]
+Operands = tuple[Any, ...]
+"""What the op takes: queries, weights, keys, then windows or pages and lengths."""
 
 DIM, PAGE = 128, 64
 POOL_BYTES = 1 << 29  # of keys that calls choose pages from: some times the GPU's L2 cache
@@ -155,14 +157,6 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Of one call, as the op takes them, and the packed pages where there are such."""
-
-    operands: tuple[Any, ...]
-    packed: Array | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measures cases.
 
@@ -195,14 +189,14 @@ class Bench:
         sets = draw(case)
         ours = jax.jit(functools.partial(_run, case, self.implementation))
         start = time.perf_counter()
-        got = np.asarray(jax.block_until_ready(ours(*sets[0].operands)))
+        got = np.asarray(jax.block_until_ready(ours(*sets[0])))
         first_call_s = time.perf_counter() - start
         exact = _exact(case, sets[0])
         error = _error(case, got, exact, sets[0])
         if not error < _LARGEST_ERROR:
             raise MeasurementError(f"{case.name}: {error=}: expected less than {_LARGEST_ERROR}")
         ours_us = self.timer.measure(
-            itertools.cycle([functools.partial(ours, *each.operands) for each in sets]),
+            itertools.cycle([functools.partial(ours, *each) for each in sets]),
             jax.block_until_ready,
             what=f"ours, {case.name}",
         )
@@ -260,7 +254,7 @@ def _run(case: Case, implementation: str | None, *operands: Any) -> Array:
     )
 
 
-def draw(case: Case) -> list[Inputs]:
+def draw(case: Case) -> list[Operands]:
     """Inputs of calls that follow one another: of different pages, until all have been read."""
     keys, q_key, w_key = jax.random.split(jax.random.key(0), 3)
     shape = (case.b, case.heads) if case.form == "ragged" else (case.b, case.s_q, case.heads)
@@ -271,20 +265,20 @@ def draw(case: Case) -> list[Inputs]:
         rows = _rows(keys, case.s_kv)
         starts = jnp.zeros(case.b, jnp.int32)
         ends = jnp.arange(case.s_kv - case.b, case.s_kv, dtype=jnp.int32) + 1
-        return [Inputs((q, weights, rows, starts, ends), None)]
+        return [(q, weights, rows, starts, ends)]
     own = case.b * case.s_kv // PAGE
     pages = max(own, POOL_BYTES // (PAGE * (DIM + 4)))
-    rows = _rows(keys, pages * PAGE).reshape(pages, PAGE)
-    packed = None
+    leaves = _rows(keys, pages * PAGE).reshape(pages, PAGE)
+    stored: IndexKeyRows | PagedIndexKeyRows = leaves
     if case.form == "pages":
-        packed = jax.block_until_ready(jax.jit(lambda rows: rows.pack())(rows))
-        rows = paged_index_keys(packed, page_size=PAGE, dim=DIM)
+        packed = jax.block_until_ready(jax.jit(lambda rows: rows.pack())(leaves))
+        stored = paged_index_keys(packed, page_size=PAGE, dim=DIM)
     lengths = jnp.full((case.b, case.s_q), case.s_kv, jnp.int32)
     rng = np.random.default_rng(0)
     sets = []
     for _ in range(min(8, 1 + (pages - 1) // own)):
         table = jnp.asarray(rng.permutation(pages)[:own].reshape(case.b, -1), jnp.int32)
-        sets.append(Inputs((q, weights, rows, table, lengths), packed))
+        sets.append((q, weights, stored, table, lengths))
     return sets
 
 
@@ -305,16 +299,16 @@ def _rows(key: Array, count: int) -> IndexKeyRows:
     return IndexKeyRows(_codes(key, count), scales)
 
 
-def _exact(case: Case, inputs: Inputs) -> np.ndarray:
+def _exact(case: Case, operands: Operands) -> np.ndarray:
     """Logits of the first request, or of some tokens, by products that are exact."""
     if case.form == "ragged":
-        q, weights, rows, starts, ends = inputs.operands
+        q, weights, rows, starts, ends = operands
         some = _some(case)
         exact = jmla.indexer_logits(
             q[some], weights[some], rows, starts[some], ends[some], implementation="xla"
         )
         return np.asarray(exact)
-    q, weights, rows, table, lengths = inputs.operands
+    q, weights, rows, table, lengths = operands
     exact = jmla.paged_indexer_logits(
         q[:1], weights[:1], rows, table[:1], lengths[:1], implementation="xla"
     )
@@ -325,9 +319,9 @@ def _some(case: Case) -> np.ndarray:
     return np.linspace(0, case.b - 1, 4).astype(np.int32)
 
 
-def _error(case: Case, got: np.ndarray, exact: np.ndarray, inputs: Inputs) -> float:
+def _error(case: Case, got: np.ndarray, exact: np.ndarray, operands: Operands) -> float:
     if case.topk:
-        table = np.asarray(inputs.operands[3][0])
+        table = np.asarray(operands[3][0])
         best = np.argsort(-exact[0], kind="stable")[: case.topk]
         slots = table[best // PAGE] * PAGE + best % PAGE
         return 1 - float(np.isin(got[0], slots).mean())
@@ -338,14 +332,14 @@ def _error(case: Case, got: np.ndarray, exact: np.ndarray, inputs: Inputs) -> fl
     return float(np.linalg.norm(difference) / np.linalg.norm(exact[seen]))
 
 
-def _peer_call(peer: DeepGEMM, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _peer_call(peer: DeepGEMM, case: Case, operands: Operands) -> Callable[[], Any]:
     if case.form == "ragged":
-        q, weights, rows, starts, ends = inputs.operands
+        q, weights, rows, starts, ends = operands
         return peer.ragged_call(q, weights, rows.keys, rows.scales, starts, ends)
-    q, weights, _, table, lengths = inputs.operands
+    q, weights, stored, table, lengths = operands
     if case.topk:
-        return peer.selecting_call(q, weights, inputs.packed, table, lengths, k=case.topk)
-    return peer.paged_call(q, weights, inputs.packed, table, lengths)
+        return peer.selecting_call(q, weights, stored.packed, table, lengths, k=case.topk)
+    return peer.paged_call(q, weights, stored.packed, table, lengths)
 
 
 def table(records: Sequence[Record]) -> Table:

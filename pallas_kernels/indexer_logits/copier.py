@@ -8,7 +8,7 @@ from pallas_kernels.device.memory import (
     copy,
     copy_word,
     load_global,
-    store_global,
+    store_shared_where,
 )
 from pallas_kernels.device.simt import (
     WARP,
@@ -106,7 +106,7 @@ class Copier:
         for step in range(-(-tuning.group * tuning.padded_heads // rows)):
             row = own + rows * step
             query, head = row // tuning.padded_heads, row % tuning.padded_heads
-            named = (query < group.count) & (head < shape.heads)
+            named = (query < group.size) & (head < shape.heads)
             index = select(named, (group.query + query) * shape.heads + head, i32(0))
             copy(
                 place + row * wgmma.ROW_BYTES + ((self.chunk ^ (row & 7)) << 4),
@@ -136,15 +136,19 @@ class Copier:
                 for step in range(_FILLED):
                     column = first + (self.thread.index + WARPGROUP * step) * width
                     outside = (column < start) | (column >= end)
-                    when(
+                    infinite = [f32(float("-inf")).as_i32()] * width
+                    store_shared_where(
                         outside & (column < shape.columns),
-                        lambda column=column: store_global(
-                            line + column.wide() * 4, [f32(float("-inf"))] * width
-                        ),
+                        line + column.wide() * 4,
+                        infinite,
+                        space="global",
                     )
                 return []
 
-            when(whole ^ 1, lambda: loop(0, group.count, [], row))
+            def rows() -> None:
+                loop(0, group.size, [], row)
+
+            when(whole ^ 1, rows)
             return []
 
         loop(0, (i32(pieces + blocks - 1) - block.number) // blocks, [], one)

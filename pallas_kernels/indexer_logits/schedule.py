@@ -38,7 +38,7 @@ class Group(NamedTuple):
     Attributes:
         request: whose they are.
         query: the first of them, among all of all requests.
-        count: how many of them exist.
+        size: how many of them exist.
         first: the first tile that one of them sees.
         tiles: how many from there; 0 if none sees anything.
         end: one past the last position that one of them sees.
@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
     request: Value
     query: Value
-    count: Value
+    size: Value
     first: Value
     tiles: Value
     end: Value
@@ -85,7 +85,7 @@ class Schedule:
         request = number // parts
         own = (number % parts) * tuning.group
         query = request * shape.queries + own
-        count = minimum(i32(shape.queries) - own, tuning.group)
+        size = minimum(i32(shape.queries) - own, tuning.group)
 
         def join(i: Value, start: Value, end: Value) -> list[Value]:
             window = self.window(query + i)
@@ -95,11 +95,11 @@ class Schedule:
                 maximum(end, select(sees, window.end, end)),
             ]
 
-        start, end = loop(0, count, [i32(shape.columns), i32(0)], join)
+        start, end = loop(0, size, [i32(shape.columns), i32(0)], join)
         sees = end > start
         first = select(sees, floor_divide(start, TILE), i32(0))
         tiles = select(sees, floor_divide(end + (TILE - 1), TILE) - first, i32(0))
-        return Group(request, query, count, first, tiles, end)
+        return Group(request, query, size, first, tiles, end)
 
     def for_each(
         self, carry: Sequence[Value], body: Callable[[Share, list[Value]], Sequence[Value]]
@@ -116,9 +116,9 @@ class Schedule:
         (own,) = loop(0, i32(self._run), [i32(0)], add)
         up_to = sum_below(own, lane)
         total, blocks = shuffle(up_to, WARP - 1), self._block.tuning.blocks(self._block.shape)
-        number, size, larger = self._block.number, total // blocks, total % blocks
-        first = number * size + minimum(number, larger)
-        last = first + size + select(number < larger, i32(1), i32(0))
+        number, each, larger = self._block.number, total // blocks, total % blocks
+        first = number * each + minimum(number, larger)
+        last = first + each + select(number < larger, i32(1), i32(0))
 
         def find(tile: Value) -> list[Value]:
             """The group that has a tile, of all tiles, and how many are before the group's."""

@@ -44,8 +44,8 @@ class Queries:
         self.out = block.array("out") + row
         self.weights: list[list[Value]] = []
         for i in range(first, first + tuning.queries):
-            query = group.query + minimum(i32(i), group.count - 1)
-            self.exists.append(group.count > i)
+            query = group.query + minimum(i32(i), group.size - 1)
+            self.exists.append(group.size > i)
             self.windows.append(schedule.window(query))
             self.weights.append(_weights(block, query))
 

@@ -132,6 +132,6 @@ def ragged(
     used = ((position >= starts[:, None]) & (position < ends[:, None])).any(axis=0)
     keys = _keys(rng, used, dim)
     q, weights = _query(rng, 1, len(starts), heads, dim)
-    window = (jnp.asarray(each[None], jnp.int32) for each in (starts, ends))
-    given = Queries(q, weights, *window, None)
+    first, last = (jnp.asarray(each[None], jnp.int32) for each in (starts, ends))
+    given = Queries(q, weights, first, last, None)
     return Case(given, keys, keys.reshape(1, num_keys), np.ones((1, num_keys), bool))

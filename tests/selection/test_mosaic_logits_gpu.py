@@ -110,6 +110,7 @@ def test_nan_keys_that_are_seen_and_the_same_each_time():
     case = paged([[500], [640]], max_pages=10)
     keys = case.keys
     assert isinstance(keys, jmla.layouts.IndexKeyRows)
+    assert case.queries.page_table is not None
     page, place = int(case.queries.page_table[1, 2]), 17
     nan = jnp.array(jnp.nan, keys.keys.dtype)
     broken = type(keys)(keys.keys.at[page, place, 5].set(nan), keys.scales)
