@@ -21,6 +21,7 @@ from pallas_kernels.device.simt import (
     loop,
     maximum,
     minimum,
+    opaque,
     ptx,
     select,
     shuffle,
@@ -133,8 +134,10 @@ class Copier:
 
             def row(query: Value) -> list[Value]:
                 line = block.array("out") + (group.query + query).wide() * i64(4 * shape.columns)
+                # Opaque, or the places of all columns would be kept in registers.
+                begin = opaque(first + self.thread.index * width)
                 for step in range(_FILLED):
-                    column = first + (self.thread.index + WARPGROUP * step) * width
+                    column = begin + WARPGROUP * step * width
                     outside = (column < start) | (column >= end)
                     infinite = [f32(float("-inf")).as_i32()] * width
                     store_shared_where(

@@ -18,9 +18,9 @@ from pallas_kernels.device.simt import (
     loop,
     minimum,
     opaque,
-    relu,
     select,
     shuffle_xor,
+    twice_relu,
     when,
 )
 from pallas_kernels.device.sync import Ring, proxy_fence
@@ -85,12 +85,13 @@ def scorer(block: Block, number: int) -> None:
             place = block.shared["queries"] + slot.slot * tuning.query_bytes
             place = place + chosen * tuning.columns * wgmma.ROW_BYTES
 
-            def step(tile: Value, mine: Value, *stage: Value) -> list[Value]:
+            def step(tile: Value, index: Value, *stage: Value) -> list[Value]:
                 ring = Ring(tuning.stages, *stage)
-                when(mine.equals(turn), lambda: _score(block, queries, tile, place, ring))
-                following = mine + 1
-                following = select(following.equals(turns), i32(0), following)
-                return [following, *ring.next().values()]
+                when(
+                    (index % turns).equals(turn),
+                    lambda: _score(block, number, queries, tile, place, ring, index),
+                )
+                return [index + 1, *ring.next().values()]
 
             done = loop(lower, upper, carry[:3], step)
             block.query_empty.arrive_warp(slot.slot, block.thread)
@@ -102,15 +103,35 @@ def scorer(block: Block, number: int) -> None:
     schedule.for_each([i32(0), *stages, *Ring.start(QUERY_SLOTS).values()], one)
 
 
-def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring) -> None:
-    """The logits of a tile, whose stage is free afterwards."""
+def _score(
+    block: Block,
+    number: int,
+    queries: Queries,
+    tile: Value,
+    place: Value,
+    ring: Ring,
+    index: Value,
+) -> None:
+    """The logits of a tile, whose stage is free afterwards.
+
+    Args:
+        block: this one.
+        number: of the warpgroup among those that multiply.
+        queries: its own.
+        tile: of the request.
+        place: of the heads of its queries in shared memory.
+        ring: the tile's stage.
+        index: of the tile among all of this block.
+    """
     shape, thread = block.shape, block.thread
     block.full.wait(ring.slot, ring.phase)
     proxy_fence()
     keys = block.shared["tiles"] + ring.slot * TILE_BYTES
-    running = [
-        _product(block, keys + i * PRODUCT * wgmma.ROW_BYTES, place) for i in range(PRODUCTS)
-    ]
+    alternates, rows = block.tuning.alternates, PRODUCT * wgmma.ROW_BYTES
+    if alternates:
+        # The first of the two has the first turn: nobody hands it over.
+        block.turn.wait(number, (index & 1) ^ (1 - number))
+    running = [_product(block, keys + i * rows, place) for i in range(PRODUCTS)]
     # After the sums are joined, a thread has one key: of its two rows by the lower bit of its
     # number in the quad, and of the products by the upper one.
     row = thread.warp * 16 + thread.quad + ((thread.column & 1) << 3)
@@ -126,6 +147,8 @@ def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring
     sums = []
     for i, product in enumerate(running):
         done = wgmma.wait(PRODUCTS - 1 - i, product)
+        if i == 0 and alternates:
+            block.turn.arrive_warp(1 - number, thread)
         if i == PRODUCTS - 1:
             block.empty.arrive_warp(ring.slot, thread)
         sums.append(_weighted(done, queries.weights))
@@ -133,7 +156,8 @@ def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring
     for query, value in enumerate(_joined(sums, thread.column)):
         window = queries.windows[query]
         seen = (position >= window.start) & (position < window.end) & in_cache
-        logit = select(seen, value * scale, f32(float("-inf")))
+        # Half of the sum, which is of twice the products.
+        logit = select(seen, value * (scale * 0.5), f32(float("-inf")))
         store_shared_where(
             queries.exists[query] & exists,
             line + query * 4 * shape.columns,
@@ -164,7 +188,7 @@ def _weighted(product: Sequence[Value], weights: Sequence[Sequence[Value]]) -> l
         for row in range(2):
             chains: list[Value | None] = [None] * _CHAINS
             for i, weight in enumerate(own):
-                value = relu(product[first + 4 * (i >> 1) + 2 * row + (i & 1)])
+                value = twice_relu(product[first + 4 * (i >> 1) + 2 * row + (i & 1)])
                 before = chains[i % _CHAINS]
                 chains[i % _CHAINS] = (
                     value * weight if before is None else fma(value, weight, before)

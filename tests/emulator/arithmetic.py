@@ -155,6 +155,11 @@ def add(match: re.Match, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(_float(result)), np.uint32(_NAN), result)
 
 
+@instruction(r"abs\.f32")
+def magnitude(match: re.Match, a: np.ndarray) -> np.ndarray:
+    return a & np.uint32(0x7FFFFFFF)
+
+
 @instruction(r"fma\.rn\.f32")
 def fma(match: re.Match, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return _bits(_float(a).astype(np.float64) * _float(b) + _float(c))

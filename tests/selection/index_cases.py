@@ -4,14 +4,16 @@ import dataclasses
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jmla._mosaic_logits import Keys, Queries
-from jmla.indexer import quantize_index_query
-from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
+from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.paged_index_keys import paged_index_keys
 
 GARBAGE = np.array([-1, np.iinfo(np.int32).min, np.iinfo(np.int32).max, 1 << 20])
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_STD = 110.0  # of codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +23,15 @@ class Case:
     Attributes:
         queries: with their windows and pages.
         keys: where the kernel reads them.
-        rows: the same keys, of the positions of each request [requests, s], NaN where it sees none.
+        codes: e4m3 [requests, s, dim], the same keys by the positions of each request.
+        scales: f32 [requests, s], theirs.
         in_cache: bool [requests, s], whether a position has a page.
     """
 
     queries: Queries
     keys: Keys
-    rows: IndexKeyRows
+    codes: np.ndarray
+    scales: np.ndarray
     in_cache: np.ndarray
 
     def seen(self) -> np.ndarray:
@@ -40,8 +44,7 @@ class Case:
 
     def expected(self) -> np.ndarray:
         """f64 [requests, queries, s]."""
-        q, keys = (_f64(x) for x in (self.queries.q, self.rows.keys))
-        keys = keys * _f64(self.rows.scales)[..., None]
+        q, keys = _f64(self.queries.q), _f64(self.codes) * _f64(self.scales)[..., None]
         out = []
         for i in range(len(q)):
             t, heads, dim = q[i].shape
@@ -51,28 +54,26 @@ class Case:
 
 
 def _f64(x: Any) -> np.ndarray:
-    return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
+    return np.asarray(x).astype(np.float64)
+
+
+def _codes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return (_STD * rng.standard_normal(shape)).clip(-448, 448).astype(E4M3)
 
 
 def _query(rng: np.random.Generator, *shape: int) -> tuple[Any, Any]:
-    """Logits of the size of their keys: a head's weight is 1 in the mean over heads and values."""
-    q = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    weights = rng.standard_normal(shape[:-1]) * (shape[-1] * shape[-2]) ** -0.5
-    return quantize_index_query(q, jnp.asarray(weights, jnp.float32))
+    """Logits of the size of 1: a head's weight is that of a mean over heads and values."""
+    weights = rng.standard_normal(shape[:-1]) * (shape[-1] * shape[-2]) ** -0.5 / _STD
+    return jnp.asarray(_codes(rng, *shape)), jnp.asarray(weights, jnp.float32)
 
 
 def _keys(rng: np.random.Generator, used: np.ndarray, dim: int) -> IndexKeyRows:
     """Keys with NaN in those that nobody sees."""
-    size = np.exp(rng.standard_normal((*used.shape, 1)) / 4)
-    keys = quantize_index_keys(
-        jnp.asarray(rng.standard_normal((*used.shape, dim)) * size, jnp.float32)
-    )
-    mask = jnp.asarray(used)
-    return dataclasses.replace(
-        keys,
-        keys=jnp.where(mask[..., None], keys.keys, jnp.array(jnp.nan, keys.keys.dtype)),
-        scales=jnp.where(mask, keys.scales, jnp.nan),
-    )
+    codes = _codes(rng, *used.shape, dim)
+    codes[~used] = np.nan
+    scales = np.exp(rng.standard_normal(used.shape) / 4) / _STD
+    scales[~used] = np.nan
+    return IndexKeyRows(jnp.asarray(codes), jnp.asarray(scales, jnp.float32))
 
 
 def paged(
@@ -111,15 +112,19 @@ def paged(
                 used[page, : max(0, longest[i] - n * page_size)] = True
                 in_cache[i, n * page_size : (n + 1) * page_size] = True
     keys = _keys(rng, used, dim)
-    slots = np.clip(table, 0, pages - 1).repeat(page_size, axis=1) * page_size
-    rows = keys.flat().gather(jnp.asarray(slots + np.arange(total) % page_size))
+    chosen = np.clip(table, 0, pages - 1)
+    codes, scales = (np.asarray(part) for part in (keys.keys, keys.scales))
+    rows = codes[chosen].reshape(requests, total, dim), scales[chosen].reshape(requests, total)
     where: Keys = keys
     if form == "packed":
-        packed = keys.pack(page_bytes=page_size * (dim + 4) + extra_bytes)
-        where = paged_index_keys(packed, page_size=page_size, dim=dim)
+        packed = np.full((pages, page_size * (dim + 4) + extra_bytes), 0xFF, np.uint8)
+        behind = page_size * dim
+        packed[:, :behind] = codes.view(np.uint8).reshape(pages, -1)
+        packed[:, behind : behind + 4 * page_size] = scales.view(np.uint8)
+        where = paged_index_keys(jnp.asarray(packed), page_size=page_size, dim=dim)
     q, weights = _query(rng, requests, queries, heads, dim)
     given = Queries(q, weights, None, jnp.asarray(ends), jnp.asarray(table))
-    return Case(given, where, rows, in_cache)
+    return Case(given, where, *rows, in_cache)
 
 
 def ragged(
@@ -134,4 +139,5 @@ def ragged(
     q, weights = _query(rng, 1, len(starts), heads, dim)
     first, last = (jnp.asarray(each[None], jnp.int32) for each in (starts, ends))
     given = Queries(q, weights, first, last, None)
-    return Case(given, keys, keys.reshape(1, num_keys), np.ones((1, num_keys), bool))
+    codes, scales = (np.asarray(part)[None] for part in (keys.keys, keys.scales))
+    return Case(given, keys, codes, scales, np.ones((1, num_keys), bool))

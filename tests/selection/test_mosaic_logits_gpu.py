@@ -60,7 +60,7 @@ def test_pages_of_another_engine(page_size: int, extra_bytes: int):
     check(paged(ends, max_pages=pages, page_size=page_size, form="packed", extra_bytes=extra_bytes))
 
 
-@pytest.mark.parametrize(("requests", "pages"), [(1, 1), (1, 600), (40, 65), (300, 3), (800, 2)])
+@pytest.mark.parametrize(("requests", "pages"), [(1, 1), (1, 600), (40, 65), (300, 3)])
 def test_numbers_of_requests(requests: int, pages: int):
     rng = np.random.default_rng(requests)
     ends = rng.integers(-10, pages * 64 + 10, (requests, 1))
@@ -68,7 +68,7 @@ def test_numbers_of_requests(requests: int, pages: int):
     check(paged(ends, max_pages=pages, heads=16, seed=requests))
 
 
-@pytest.mark.parametrize("heads", [1, 4, 16, 24, 64])
+@pytest.mark.parametrize("heads", [1, 4, 24, 64])
 @pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (3, 130), (257, 3003), (900, 640)])
 def test_windows_of_one_buffer(heads: int, tokens: int, keys: int):
     rng = np.random.default_rng(heads * tokens)
@@ -84,7 +84,7 @@ def test_windows_of_a_prompt():
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 def test_any_lengths_and_windows(data: st.DataObject):
     """Shapes that are compiled once."""
     seed = data.draw(st.integers(0, 2**32 - 1))
