@@ -27,7 +27,7 @@ def shared_bytes(tuning: Tuning) -> dict[str, int]:
         "queries": QUERY_SLOTS * tuning.query_bytes,
         "scales": tuning.stages * TILE * 4,
         "pages": tuning.stages * TILE * 4,
-        "barriers": 2 * BYTES * (tuning.stages + QUERY_SLOTS + 1),
+        "barriers": 2 * BYTES * (tuning.stages + QUERY_SLOTS),
     }
 
 
@@ -58,10 +58,10 @@ class Block:
         self._arrays = arrays
         end = self.shared["barriers"]
         made = []
-        for count in (tuning.stages, tuning.stages, QUERY_SLOTS, QUERY_SLOTS, 2):
+        for count in (tuning.stages, tuning.stages, QUERY_SLOTS, QUERY_SLOTS):
             made.append(Barriers(end, count))
             end = end + count * BYTES
-        self.full, self.empty, self.query_full, self.query_empty, self.turn = made
+        self.full, self.empty, self.query_full, self.query_empty = made
 
     def initialise(self) -> None:
         """By one thread of the block; all must meet afterwards."""
@@ -71,7 +71,6 @@ class Block:
             self.empty.initialise(WARPS * self.tuning.sets)
             self.query_full.initialise(WARPGROUP)
             self.query_empty.initialise(WARPS * self.tuning.scorers)
-            self.turn.initialise(WARPS)
 
         when(block_thread().equals(0), once)
         ptx("fence.mbarrier_init.release.cluster;")

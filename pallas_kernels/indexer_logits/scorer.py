@@ -89,7 +89,7 @@ def scorer(block: Block, number: int) -> None:
                 ring = Ring(tuning.stages, *stage)
                 when(
                     (index % turns).equals(turn),
-                    lambda: _score(block, number, queries, tile, place, ring, index),
+                    lambda: _score(block, queries, tile, place, ring),
                 )
                 return [index + 1, *ring.next().values()]
 
@@ -103,34 +103,13 @@ def scorer(block: Block, number: int) -> None:
     schedule.for_each([i32(0), *stages, *Ring.start(QUERY_SLOTS).values()], one)
 
 
-def _score(
-    block: Block,
-    number: int,
-    queries: Queries,
-    tile: Value,
-    place: Value,
-    ring: Ring,
-    index: Value,
-) -> None:
-    """The logits of a tile, whose stage is free afterwards.
-
-    Args:
-        block: this one.
-        number: of the warpgroup among those that multiply.
-        queries: its own.
-        tile: of the request.
-        place: of the heads of its queries in shared memory.
-        ring: the tile's stage.
-        index: of the tile among all of this block.
-    """
+def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring) -> None:
+    """The logits of a tile, whose stage is free afterwards; `place` is that of the heads."""
     shape, thread = block.shape, block.thread
     block.full.wait(ring.slot, ring.phase)
     proxy_fence()
     keys = block.shared["tiles"] + ring.slot * TILE_BYTES
-    alternates, rows = block.tuning.alternates, PRODUCT * wgmma.ROW_BYTES
-    if alternates:
-        # The first of the two has the first turn: nobody hands it over.
-        block.turn.wait(number, (index & 1) ^ (1 - number))
+    rows = PRODUCT * wgmma.ROW_BYTES
     running = [_product(block, keys + i * rows, place) for i in range(PRODUCTS)]
     # After the sums are joined, a thread has one key: of its two rows by the lower bit of its
     # number in the quad, and of the products by the upper one.
@@ -147,8 +126,6 @@ def _score(
     sums = []
     for i, product in enumerate(running):
         done = wgmma.wait(PRODUCTS - 1 - i, product)
-        if i == 0 and alternates:
-            block.turn.arrive_warp(1 - number, thread)
         if i == PRODUCTS - 1:
             block.empty.arrive_warp(ring.slot, thread)
         sums.append(_weighted(done, queries.weights))

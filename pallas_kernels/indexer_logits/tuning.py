@@ -28,8 +28,6 @@ class Tuning:
             by a warpgroup for each.
         scorers: warpgroups that multiply, a multiple of `sets`: they take turns at the stages.
         stages: of keys in shared memory.
-        alternates: whether the two warpgroups of two sets begin their products by turns, so that
-            one's run while the other weighs. Left alone they do both at the same time.
     """
 
     padded_heads: int
@@ -37,7 +35,6 @@ class Tuning:
     sets: int
     scorers: int = 2
     stages: int = 8
-    alternates: bool = False
 
     @property
     def columns(self) -> int:
@@ -78,5 +75,4 @@ def choose(shape: Shape) -> Tuning:
     """The tuning, from measurements on an H200."""
     padded = -(-shape.heads // 8) * 8
     queries = min(shape.queries, _MOST_COLUMNS // padded, _MOST_QUERIES)
-    sets = 1 if shape.queries <= queries else 2
-    return Tuning(padded, queries, sets, alternates=sets == 2)
+    return Tuning(padded, queries, sets=1 if shape.queries <= queries else 2)
