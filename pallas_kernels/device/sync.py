@@ -77,6 +77,10 @@ class Barriers:
 
         when(thread.lane < 2, arrive)
 
+    def expect(self, index: Value | int, count: int) -> None:
+        """The phase completes after so many more bytes of copies, too."""
+        ptx(f"mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [$0], {count};", self.at(index))
+
     def arrive_on_copies(self, index: Value | int) -> None:
         """One arrival for this thread once its `cp.async` copies so far have landed."""
         ptx("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", self.at(index))

@@ -1,7 +1,7 @@
 """The launches of a call."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ from pallas_kernels.device.row_formats import RANK, RowFormat
 from pallas_kernels.sparse_decode import narrow, wide
 from pallas_kernels.sparse_decode.join import join
 from pallas_kernels.sparse_decode.program import Program, launch
-from pallas_kernels.sparse_decode.tuning import Choice, Shape, choose, tuning_for
+from pallas_kernels.sparse_decode.task import KeySource
+from pallas_kernels.sparse_decode.tuning import Choice, Shape, Tuning, choose, tuning_for
 
 
 class KeyList(NamedTuple):
@@ -109,7 +110,8 @@ def sparse_decode(
             operands["lengths"] = each.lengths
         if shape.has_sink and attn_sink is not None:
             operands["sink"] = attn_sink
-        results.append(_launch(_program(FORMATS[each.format], choice, heads), shape, operands))
+        program = program_for(FORMATS[each.format], choice, heads)
+        results.append(launch_parts(program, shape, operands))
     top = None
     if with_max_logits:
         tops = [part for each in results for part in each["max_logits"]]
@@ -119,13 +121,20 @@ def sparse_decode(
     return Results(*join([(each["out"], each["lse"]) for each in results], attn_sink), top)
 
 
-def _program(row_format: RowFormat, choice: Choice, heads: int) -> Program:
+def program_for(
+    row_format: RowFormat,
+    choice: Choice,
+    heads: int,
+    keys: KeySource | None = None,
+    tuned: Callable[[RowFormat, int], Tuning] = tuning_for,
+) -> Program:
+    """The chosen kind of block for queries of some heads; without `keys`, a list for each query."""
     if choice.wide:
-        return wide.program(row_format, heads)
-    return narrow.program(row_format, tuning_for(row_format, choice.heads))
+        return wide.program(row_format, heads, keys)
+    return narrow.program(row_format, tuned(row_format, choice.heads), keys)
 
 
-def _launch(program: Program, shape: Shape, operands: Mapping[str, Array]) -> dict[str, Array]:
+def launch_parts(program: Program, shape: Shape, operands: Mapping[str, Array]) -> dict[str, Array]:
     """out [splits, n, h, 512], lse and perhaps max_logits [splits, n, h]."""
     tiles = -(-shape.heads // program.heads)
     parts = (shape.splits, shape.n, shape.heads)

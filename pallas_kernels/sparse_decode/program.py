@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from pallas_kernels.device.boxes import Arrays
+
 _REGISTERS = 65536 // 128  # of a thread of each warpgroup, in sum
 
 
@@ -28,6 +30,7 @@ class Program:
             would stop the kernel for ever.
         cluster: neighbouring blocks that run at the same time and can write to one another's
             shared memory. If there are more than one, the block has `leave`, too.
+        begin: what every warpgroup does first, once the block is initialised.
     """
 
     heads: int
@@ -35,6 +38,7 @@ class Program:
     block: Callable[[Any, Any, Any, Any], Any]
     roles: Sequence[tuple[int, Callable[[Any], None]]]
     cluster: int = 1
+    begin: Callable[[Any], None] = lambda block: None
 
 
 def launch(
@@ -76,8 +80,8 @@ def launch(
                     plgpu.Layout.WG_SPLAT,
                 )
             )
-            def emit(_: Any, shared: Any, arrays: Any, number: Any) -> None:
-                code(program.block(shape, shared, arrays, number))
+            def emit(context: Any, shared: Any, arrays: Any, number: Any) -> None:
+                code(program.block(shape, shared, Arrays(context, arrays), number))
 
             emit(shared, arrays, number)
 
@@ -88,7 +92,12 @@ def launch(
                     plgpu.set_max_registers(registers, action="increase")
                 else:
                     plgpu.set_max_registers(registers, action="decrease")
-                run(code)
+
+                def begin(block: Any) -> None:
+                    program.begin(block)
+                    code(block)
+
+                run(begin)
 
         run(lambda block: block.initialise())
         for warpgroup, (registers, code) in enumerate(program.roles):

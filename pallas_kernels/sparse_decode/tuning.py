@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE, RowFormat
@@ -125,8 +126,18 @@ def has_wide_blocks(row_format: RowFormat) -> bool:
     return row_format.parts * COLUMNS == RANK and row_format.scale_columns >= COLUMNS
 
 
-def choose(row_format: RowFormat, n: int, heads: int, topk: int, num_splits: int | None) -> Choice:
-    """The choice of the shortest estimated time.
+def choose(
+    row_format: RowFormat,
+    n: int,
+    heads: int,
+    topk: int,
+    num_splits: int | None,
+    most: int = MAX_SPLITS,
+    tiles: Sequence[int] = HEAD_TILES,
+) -> Choice:
+    """The choice of the shortest estimated time, of at most `most` parts.
+
+    Narrow blocks have the heads of one of `tiles`.
 
     The parts change the rounding of a result and so does the kind of block, the heads of a narrow
     block do not. With `num_splits` given, the kind follows from the format and from whether there
@@ -134,17 +145,18 @@ def choose(row_format: RowFormat, n: int, heads: int, topk: int, num_splits: int
     """
     blocks = math.ceil(topk / TILE)
     if num_splits is None:
-        candidates = range(1, min(blocks, MAX_SPLITS) + 1)
+        candidates = range(1, min(blocks, most) + 1)
         parts = [s for s in candidates if math.ceil(blocks / math.ceil(blocks / s)) == s]
     else:
-        parts = [min(num_splits, blocks, MAX_SPLITS)]
-    narrow = [(False, tile) for tile in HEAD_TILES]
+        parts = [min(num_splits, blocks, most)]
+    narrow = [(False, tile) for tile in tiles]
+    small = [(False, tile) for tile in tiles if tile < WIDE_HEADS]
     if not has_wide_blocks(row_format):
         kinds = narrow
     elif heads <= HEAD_TILES[-2]:
-        kinds = narrow[:-1]
+        kinds = small
     elif num_splits is None:
-        kinds = [*narrow[:-1], (True, WIDE_HEADS)]
+        kinds = [*small, (True, WIDE_HEADS)]
     else:
         kinds = [(True, WIDE_HEADS)]
     choices = [Choice(*kind, splits) for splits in parts for kind in kinds]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.device.boxes import Arrays
 from pallas_kernels.device.memory import shared_address
 from pallas_kernels.device.row_formats import TILE
 from pallas_kernels.device.simt import (
@@ -101,7 +102,7 @@ class Block:
         self,
         shape: Shape,
         shared: Mapping[str, Any],
-        arrays: Mapping[str, Any],
+        arrays: Arrays,
         number: Any,
     ) -> None:
         """Emits the addresses.

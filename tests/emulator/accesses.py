@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.emulator import boxes
 from tests.emulator.lanes import LANES, WARP
 from tests.emulator.ptx import instruction
 from tests.emulator.warpgroup import WARPS, current
@@ -100,6 +101,24 @@ def wait_for_all_copies(match: re.Match) -> None:
 def arrive_on_copies(match: re.Match, address: np.ndarray) -> None:
     current().copies.wait_all(current())
     current().block.barriers.arrive(address)
+
+
+@instruction(
+    r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile"
+    r"\.mbarrier::complete_tx::bytes",
+    targets=0,
+)
+def copy_boxes(match: re.Match, places: np.ndarray, at: Any, barriers: np.ndarray) -> None:
+    group = current()
+    for i in np.nonzero(group.mask)[0].tolist():
+        number, column, row = (int(np.broadcast_to(x, LANES)[i]) for x in at)
+        thread = int(group.threads[i])
+        boxes.copy(number, column, row, int(places[i]), thread, int(barriers[i]))
+
+
+@instruction(r"mbarrier\.expect_tx\.relaxed\.cta\.shared::cta\.b64", targets=0)
+def expect(match: re.Match, addresses: np.ndarray, size: int) -> None:
+    current().block.barriers.expect(addresses, size)
 
 
 @instruction(r"mbarrier\.init\.shared::cta\.b64", targets=0)

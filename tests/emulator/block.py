@@ -7,6 +7,7 @@ import numpy as np
 import tests.emulator.accesses
 import tests.emulator.arithmetic
 import tests.emulator.cluster  # noqa: F401
+from pallas_kernels.device.boxes import Box
 from tests.emulator.barriers import Barriers
 from tests.emulator.clocks import Clocks
 from tests.emulator.copies import Copies
@@ -33,6 +34,8 @@ class Block:
         warpgroups_of_one: of one block.
         running: warpgroups of each block.
         registers: per thread, of the warpgroups that have said so.
+        engine: the warp that stands for the copy engine.
+        box_maps: what its numbers of maps stand for.
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class Block:
     ) -> None:
         self.number, self.memory, self.warpgroups_of_one = number, memory, warpgroups
         count = blocks * warpgroups
-        self.clocks = Clocks(WARPS * count, couriers=blocks > 1)
+        self.engine = WARPS * count
+        self.clocks = Clocks(self.engine + 1, couriers=blocks > 1)
         self.shared = SharedMemory(sizes, self.clocks, blocks)
         self.shared.watchers += watchers
         self._scheduler = Scheduler(seed)
@@ -56,6 +60,7 @@ class Block:
         self.warpgroups = [Warpgroup(self, i, Copies(), Products()) for i in range(count)]
         self.running = [warpgroups] * blocks
         self.registers: dict[int, int] = {}
+        self.box_maps: list[tuple[int, Box]] = []
 
     def run(self, code: Callable[[], None]) -> None:
         """Every warpgroup runs the code."""

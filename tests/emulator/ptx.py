@@ -126,6 +126,9 @@ def _operand(text: str) -> Operand:
     if text.startswith("{"):
         parts = [_operand(name) for name in _names(text)]
         return lambda registers: [part(registers) for part in parts]
+    if text.startswith("[") and "," in text:  # a map of boxes, and a place in it
+        parts = [_operand(name.strip(" {}")) for name in text.strip("[]").split(",")]
+        return lambda registers: [part(registers) for part in parts]
     if text.startswith("["):
         name, _, offset = text.strip("[]").partition("+")
         number = int(offset or "0")

@@ -12,22 +12,24 @@ from pallas_kernels.sparse_decode.narrow.gather import gather
 from pallas_kernels.sparse_decode.narrow.scores import scores
 from pallas_kernels.sparse_decode.narrow.values import values
 from pallas_kernels.sparse_decode.program import Program
+from pallas_kernels.sparse_decode.task import KeySource
 from pallas_kernels.sparse_decode.tuning import Tuning
 
 __all__ = ["program"]
 
 
-def program(row_format: RowFormat, tuning: Tuning) -> Program:
-    """The program for rows of a format."""
+def program(row_format: RowFormat, tuning: Tuning, keys: KeySource | None = None) -> Program:
+    """The program for rows of a format; without `keys`, a list for each query."""
     for_scores, for_values, for_gather = tuning.registers
     return Program(
         tuning.heads,
-        shared_bytes(row_format, tuning),
-        functools.partial(Block, row_format, tuning),
+        shared_bytes(row_format, tuning, keys),
+        functools.partial(Block, row_format, tuning, keys),
         [
             (for_scores, scores),
             (for_values, functools.partial(values, half=0)),
             (for_values, functools.partial(values, half=1)),
             (for_gather, gather),
         ],
+        begin=Block.take_row,
     )

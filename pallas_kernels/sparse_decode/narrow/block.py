@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.boxes import Arrays
 from pallas_kernels.device.memory import shared_address
 from pallas_kernels.device.row_formats import TILE, RowFormat, Stage
 from pallas_kernels.device.simt import (
@@ -17,7 +18,7 @@ from pallas_kernels.device.simt import (
     when,
 )
 from pallas_kernels.device.sync import BYTES, Barriers, Ring
-from pallas_kernels.sparse_decode.task import Task
+from pallas_kernels.sparse_decode.task import ROW_BYTES, KeySource, Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, Shape, Tuning
 
 CONSUMER_WARPS = 12
@@ -70,7 +71,9 @@ class SmallMemory(NamedTuple):
         return cls._make([*offsets, end])
 
 
-def shared_bytes(row_format: RowFormat, tuning: Tuning) -> dict[str, int]:
+def shared_bytes(
+    row_format: RowFormat, tuning: Tuning, keys: KeySource | None = None
+) -> dict[str, int]:
     """The arrays in shared memory and their sizes.
 
     Raises:
@@ -83,7 +86,7 @@ def shared_bytes(row_format: RowFormat, tuning: Tuning) -> dict[str, int]:
         "rope": rows * wgmma.ROW_BYTES,
         "tokens": rows * row_format.token_bytes,
         "query": tuning.heads * wgmma.ROW_BYTES * (row_format.parts + 1),
-        "small": SmallMemory.of(tuning).size,
+        "small": SmallMemory.of(tuning).size + (ROW_BYTES if keys else 0),
     }
     if row_format.rope_is_value:
         sizes["weights"] = rows * wgmma.ROW_BYTES
@@ -100,9 +103,10 @@ class Block(Task):
         self,
         row_format: RowFormat,
         tuning: Tuning,
+        keys: KeySource | None,
         shape: Shape,
         shared: Mapping[str, Any],
-        arrays: Mapping[str, Any],
+        arrays: Arrays,
         number: Any,
     ) -> None:
         """Emits the addresses.
@@ -110,18 +114,20 @@ class Block(Task):
         Args:
             row_format: of the cache.
             tuning: of the block.
+            keys: where keys come from; None is a list for each query.
             shape: of the launch.
             shared: references to the arrays of `shared_bytes`.
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        super().__init__(shape, tuning.heads, arrays, scalar(number))
+        super().__init__(shape, tuning.heads, arrays, scalar(number), keys)
         self.format, self.tuning = row_format, tuning
         self.thread = Thread.current()
         self.memory = SmallMemory.of(tuning)
         self.nope, self.rope, self.tokens, self.query, self.small = (
             shared_address(shared[name]) for name in ("nope", "rope", "tokens", "query", "small")
         )
+        self.row_place = self.small + self.memory.size
         self.weights = shared_address(shared["weights"]) if "weights" in shared else self.rope
 
         def barriers(offset: int, count: int) -> Barriers:
@@ -147,8 +153,13 @@ class Block(Task):
             self.factor_ready.initialise(4)
 
         when(block_thread().equals(0), once)
+        self.keys.place_row(self.row_place)
         ptx("fence.mbarrier_init.release.cluster;")
         ptx("bar.sync 0;", convergent=True)
+
+    def take_row(self) -> None:
+        """By every warpgroup, before anything that depends on which query the block is for."""
+        self.keys.take_row(self.row_place)
 
     @property
     def pieces(self) -> int:

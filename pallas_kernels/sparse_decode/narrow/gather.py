@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pallas_kernels.device.memory import CHUNK, copied_bytes, copy, global_address, load_global
+from pallas_kernels.device.memory import CHUNK, copied_bytes, copy, global_address
 from pallas_kernels.device.row_formats import Part, swizzle
 from pallas_kernels.device.simt import Value, i32, loop, minimum, select, shuffle
 from pallas_kernels.device.sync import Ring
@@ -18,17 +18,15 @@ def gather(block: Block) -> None:
     A slot that is not in the cache, or not within the query's length, becomes a row of zeros that
     is masked. Nothing is read in its place.
     """
-    thread, shape, row_format = block.thread, block.shape, block.format
+    thread, row_format = block.thread, block.format
     length = block.length()
     first, last = block.key_blocks(length)
-    indices = global_address(block.arrays["indices"]) + block.row.wide() * (4 * shape.topk)
+    slot_at = block.keys.slots()
     per_warp = block.tuning.rows // 4
     own_row = thread.warp * per_warp + (thread.lane & (per_warp - 1))
 
     def named_slot(stage: Value) -> Value:
-        place = stage * block.tuning.rows + own_row
-        (slot,) = load_global(indices + minimum(place, shape.topk - 1).wide() * 4, "r")
-        return select((place < length) & slot.below(shape.num_slots), slot, i32(-1))
+        return slot_at(stage * block.tuning.rows + own_row, length)
 
     def scales(slot: Value) -> list[Value]:
         scale = row_format.scale

@@ -18,14 +18,14 @@ def scores(block: Block) -> None:
     query = wgmma.descriptor(block.query)
     block.query_ready.wait(0, i32(0))
 
-    def step(_: Value, *carry: Value) -> list[Value]:
+    def step(number: Value, *carry: Value) -> list[Value]:
         state, ring = list(carry[:-2]), Ring(block.tuning.stages, *carry[-2:])
         pieces = block.pieces_from(ring)
         own = block.own_piece(pieces)
         block.full.wait(own.slot, own.phase)
         logits, operands = _logits(block, softmax, address, own.slot, opaque(query))
         block.scored.arrive_warp(own.slot, block.thread)
-        state = softmax.weigh(logits, operands, own.slot, pieces[0].slot, state)
+        state = softmax.weigh(logits, operands, own.slot, pieces[0].slot, number, state)
         return [*state, *pieces[-1].next().values()]
 
     start = [*softmax.start(), *Ring.start(block.tuning.stages).values()]

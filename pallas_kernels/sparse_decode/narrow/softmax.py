@@ -69,6 +69,7 @@ class Softmax:
         self.row = block.row_in_stage()
         self.kept = max(1, self.heads // 32)
         self.columns = self._kept_columns()
+        self.limit = block.keys.limiter(self._head, self._key)
 
     def start(self) -> list[Value]:
         """The state before the first block of keys."""
@@ -88,6 +89,7 @@ class Softmax:
         operands: Operands,
         own_slot: Value,
         block_slot: Value,
+        number: Value,
         state: list[Value],
     ) -> list[Value]:
         """Stores the weights of a block of keys and adds them to the sums; the state then."""
@@ -114,6 +116,7 @@ class Softmax:
             if len(tops_now) > len(largest):
                 tops_now = self._halved(tops_now, 16, fmax)
             largest = [fmax(a, b) for a, b in zip(largest, tops_now, strict=True)]
+        logits = self.limit(number, logits)
         tops: list[Value] = []
         for i, x in enumerate(logits):
             over = x - operands.reference[_column(i)]
@@ -152,6 +155,14 @@ class Softmax:
         block.weighted.arrive_warp(own_slot, self.thread)
         totals = self._over_rows(totals)
         return [*(x + t for x, t in zip(sums, totals, strict=True)), *largest]
+
+    def _head(self, i: int) -> Value:
+        """Of a logit, its number in the block."""
+        return self.thread.column * 2 + (8 * (i >> 2) + (i & 1))
+
+    def _key(self, i: int) -> Value:
+        """Of a logit, its number in the block of keys."""
+        return self.thread.warp * 16 + self.thread.quad + 8 * wgmma.row_of(i)
 
     def _raise_references(
         self, logits: list[Value], block_slot: Value, sums: list[Value]

@@ -10,6 +10,7 @@ import math
 
 from pallas_kernels.device.row_formats import RowFormat
 from pallas_kernels.sparse_decode.program import Program
+from pallas_kernels.sparse_decode.task import KeySource
 from pallas_kernels.sparse_decode.tuning import WIDE_HEADS
 from pallas_kernels.sparse_decode.wide.block import PAIR, Block, is_converted, shared_bytes
 from pallas_kernels.sparse_decode.wide.gather import gather
@@ -19,8 +20,11 @@ from pallas_kernels.sparse_decode.wide.values import values
 __all__ = ["program"]
 
 
-def program(row_format: RowFormat, heads: int) -> Program:
-    """The program for rows of a format and queries of some number of heads."""
+def program(row_format: RowFormat, heads: int, keys: KeySource | None = None) -> Program:
+    """The program for rows of a format and queries of some number of heads.
+
+    Without `keys` each query has a list of them.
+    """
     # Rows without block scales are converted as fast as the other block's would come.
     paired = row_format.block_scales and math.ceil(heads / WIDE_HEADS) % PAIR == 0
     # Fewer for values, and the compiler runs their products one at a time.
@@ -30,8 +34,8 @@ def program(row_format: RowFormat, heads: int) -> Program:
         for_scores, for_gather = (136, 56) if paired else (128, 64)
     return Program(
         WIDE_HEADS,
-        shared_bytes(row_format, paired=paired),
-        functools.partial(Block, row_format, paired),
+        shared_bytes(row_format, keys, paired=paired),
+        functools.partial(Block, row_format, paired, keys),
         [
             (for_scores, scores),
             (for_values, functools.partial(values, half=0)),
@@ -39,4 +43,5 @@ def program(row_format: RowFormat, heads: int) -> Program:
             (for_gather, gather),
         ],
         cluster=PAIR if paired else 1,
+        begin=Block.take_row,
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pallas_kernels.device import wgmma
+from pallas_kernels.device.boxes import Arrays
 from pallas_kernels.device.memory import shared_address
 from pallas_kernels.device.row_formats import COLUMNS, RANK, TILE, RowFormat
 from pallas_kernels.device.simt import (
@@ -24,7 +25,7 @@ from pallas_kernels.device.sync import (
     proxy_fence,
     wait_cluster,
 )
-from pallas_kernels.sparse_decode.task import Task
+from pallas_kernels.sparse_decode.task import ROW_BYTES, KeySource, Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, WIDE_HEADS, Shape
 
 PARTS = RANK // COLUMNS
@@ -100,12 +101,14 @@ def held_tiles(row_format: RowFormat) -> int:
     return 4 if is_converted(row_format) else 0
 
 
-def shared_bytes(row_format: RowFormat, *, paired: bool) -> dict[str, int]:
+def shared_bytes(
+    row_format: RowFormat, keys: KeySource | None = None, *, paired: bool
+) -> dict[str, int]:
     """The arrays in shared memory and their sizes."""
     sizes = {
         "query": TILE_BYTES - held_tiles(row_format) * COLUMN_TILE,
         "tiles": STAGES * TILE_BYTES,
-        "small": MEMORY.size,
+        "small": MEMORY.size + (ROW_BYTES if keys else 0),
     }
     if is_converted(row_format):
         # Rows as they are stored, on their way to a stage.
@@ -123,9 +126,10 @@ class Block(Task):
         self,
         row_format: RowFormat,
         paired: bool,
+        keys: KeySource | None,
         shape: Shape,
         shared: Mapping[str, Any],
-        arrays: Mapping[str, Any],
+        arrays: Arrays,
         number: Any,
     ) -> None:
         """Emits the addresses.
@@ -133,12 +137,13 @@ class Block(Task):
         Args:
             row_format: of the cache.
             paired: whether it shares its rows with the other block of a cluster.
+            keys: where keys come from; None is a list for each query.
             shape: of the launch.
             shared: references to the arrays of `shared_bytes`.
             arrays: references to the arrays in global memory.
             number: of this block in the grid.
         """
-        super().__init__(shape, WIDE_HEADS, arrays, scalar(number))
+        super().__init__(shape, WIDE_HEADS, arrays, scalar(number), keys)
         self.format, self.paired = row_format, paired
         if paired:
             self.rank = scalar(number) % PAIR
@@ -153,6 +158,7 @@ class Block(Task):
             self.raw = shared_address(shared["raw"])
         if paired:
             self._weights = shared_address(shared["weights"])
+        self.row_place = self.small + MEMORY.size
         self.full = Barriers(self.small + MEMORY.full, STAGES)
         self.empty = Barriers(self.small + MEMORY.empty, STAGES)
         self.weighted = Barriers(self.small + MEMORY.weighted, STAGES * SHARES)
@@ -174,10 +180,15 @@ class Block(Task):
             self.factor_ready.initialise(WARPS)
 
         when(block_thread().equals(0), once)
+        self.keys.place_row(self.row_place)
         ptx("fence.mbarrier_init.release.cluster;")
         if self.paired:
             arrive_cluster()
         ptx("bar.sync 0;", convergent=True)
+
+    def take_row(self) -> None:
+        """By every warpgroup, before anything that depends on which query the block is for."""
+        self.keys.take_row(self.row_place)
 
     def meet(self) -> None:
         """Waits for the other block of a pair to have its barriers."""

@@ -9,7 +9,6 @@ from pallas_kernels.device.memory import (
     copied_bytes,
     copy,
     global_address,
-    load_global,
     load_shared,
     store_shared,
 )
@@ -33,7 +32,6 @@ from pallas_kernels.device.simt import (
     i32,
     int_to_float,
     loop,
-    minimum,
     opaque,
     ptx,
     select,
@@ -72,10 +70,10 @@ def gather(block: Block) -> None:
     if is_converted(block.format):
         _Converter(block).run()
     else:
-        _Copier(block).run()
+        Copier(block).run()
 
 
-class _Rows:
+class Rows:
     """Which rows a thread has: eight lie side by side in a warp, four threads each.
 
     Attributes:
@@ -95,18 +93,12 @@ class _Rows:
             self.row = self.row + block.rank * (TILE // PAIR)
             # How far away the other block of the pair has everything.
             self.other = in_block(block.small, block.rank ^ 1) - block.small
-        indices = global_address(block.arrays["indices"])
-        self.indices = indices + block.row.wide() * (4 * block.shape.topk)
+        self.slot_at = block.keys.slots()
 
     def slots(self, number: Value) -> list[Value]:
         """The slots of this thread's rows of a block of keys; -1 is masked."""
-        shape, slots = self.block.shape, []
-        for r in range(self.rows):
-            place = number * TILE + self.row + 8 * r
-            safe = minimum(place, shape.topk - 1)
-            (slot,) = load_global(self.indices + safe.wide() * 4, "r")
-            slots.append(select((place < self.end) & slot.below(shape.num_slots), slot, i32(-1)))
-        return slots
+        rows = range(self.rows)
+        return [self.slot_at(number * TILE + self.row + 8 * r, self.end) for r in rows]
 
     def source(self, part: Part, slot: Value) -> Value:
         """Where a row lies; some row, if the slot is masked."""
@@ -163,7 +155,7 @@ class _Scales:
         return cls(bias, inverse, [word for word, _ in pairs], rest)
 
 
-class _Converter(_Rows):
+class _Converter(Rows):
     """Rows of e4m3 values: copied as they are stored a block ahead, then stored as f16.
 
     A thread converts what it has copied itself, so that no barrier is between the two. Blocks of a
@@ -316,7 +308,7 @@ class _Converter(_Rows):
         return fma_f16(pair, scale.relative[group], rest)
 
 
-class _Copier(_Rows):
+class Copier(Rows):
     """Rows of bf16 values: copied as they are stored."""
 
     def run(self) -> None:
@@ -327,7 +319,7 @@ class _Copier(_Rows):
             ring, now = Ring(STAGES, *carry[:2]), list(carry[2:])
             following = self.slots(number + 1)
             block.empty.wait(ring.slot, ring.phase ^ 1)
-            self._copy(now, ring.slot)
+            self.bring(now, ring.slot)
             for r in range(self.rows):
                 self.store_token(now, None, r, ring.slot)
             block.full.arrive_warp(ring.slot, self.thread)
@@ -337,8 +329,8 @@ class _Copier(_Rows):
         carry = [*Ring.start(STAGES).values(), *self.slots(self.first)]
         loop(self.first, self.last, carry, step)
 
-    def _copy(self, slots: list[Value], slot: Value) -> None:
-        """Four rows at a time, eight lanes each."""
+    def bring(self, slots: list[Value], slot: Value) -> None:
+        """Begins to copy this warp's rows: four at a time, eight lanes each."""
         thread, row_format = self.thread, self.block.format
         lane, own = thread.lane & 7, thread.lane >> 3
         tile = self.block.tile(slot) + (thread.warp * 16) * wgmma.ROW_BYTES

@@ -58,13 +58,13 @@ def scores(block: Block) -> None:
     softmax = _Softmax(block)
     held = _held_query(block)
 
-    def step(_: Value, *carry: Value) -> list[Value]:
+    def step(number: Value, *carry: Value) -> list[Value]:
         state, ring = list(carry[:-2]), Ring(STAGES, *carry[-2:])
         block.wait_for_rows(ring)
         products = _products(block, held, ring.slot)
         tokens = softmax.tokens(ring.slot)
         logits = wgmma.wait(0, products)
-        return [*softmax.weigh(logits, tokens, ring, state), *ring.next().values()]
+        return [*softmax.weigh(logits, tokens, number, ring, state), *ring.next().values()]
 
     state = [f32(NO_LOGIT)] * ROWS + [f32(0.0)] * ROWS
     if block.shape.has_max_logits:
@@ -124,6 +124,7 @@ class _Softmax:
         self.row = block.head_row()
         place = block.small + self.row * 4
         self.scale = [load_shared(place, "f", MEMORY.decay + 32 * r)[0] for r in range(ROWS)]
+        self.limit = block.keys.limiter(self._head, self._key)
 
     def tokens(self, slot: Value) -> Callable[[int], list[Value]]:
         """Pairs of what is kept beside the rows of this thread's keys.
@@ -145,6 +146,7 @@ class _Softmax:
         self,
         logits: list[Value],
         tokens: Callable[[int], list[Value]],
+        number: Value,
         ring: Ring,
         state: list[Value],
     ) -> list[Value]:
@@ -170,6 +172,7 @@ class _Softmax:
                     ]
                 for i, x in enumerate(weighed):
                     largest[wgmma.row_of(i)] = fmax(largest[wgmma.row_of(i)], x)
+        logits = self.limit(number, logits)
         tops = [wgmma.largest_of_row(logits, r) for r in range(ROWS)]
         over = [tops[r] > state[r] + LARGEST_WEIGHT for r in range(ROWS)]
         raised = any_lane(over[0] | over[1])
@@ -205,6 +208,14 @@ class _Softmax:
                 share = slot * SHARES + v // (PAIRS // block.shares)
                 block.weighted.arrive_warp(share, self.thread)
         return [*state[:ROWS], *sums, *largest]
+
+    def _head(self, i: int) -> Value:
+        """Of a logit, its number in the block."""
+        return self.row + 8 * wgmma.row_of(i)
+
+    def _key(self, i: int) -> Value:
+        """Of a logit, its number in the block of keys."""
+        return self.thread.column * 2 + (8 * (i >> 2) + (i & 1))
 
     def _raise(self, tops: list[Value], ring: Ring, state: list[Value]) -> list[Value]:
         """Raises the reference where a weight passes the largest; the state then."""
