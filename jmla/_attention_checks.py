@@ -88,6 +88,12 @@ def check_splits(num_splits: int | None) -> None:
         raise ValueError(f"{num_splits=}: expected a positive int, or None")
 
 
+def check_window(window: int | None) -> None:
+    """Raises ValueError unless `window` is None or a positive int."""
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{window=}: expected a positive int, or None")
+
+
 def check_extra(
     rows: Rows, extra_rows: Rows | None, extra_indices: Array | None, extra_length: Array | None
 ) -> None:

@@ -173,24 +173,22 @@ def _by_xla(num_splits: int | None, queries: Queries, shared: Shared) -> _Result
 _compiled = jax.jit(_attend, static_argnums=2)
 
 
-def batchable[*R](
-    launch: Callable[[Queries, Shared], tuple[*R]],
-) -> Callable[[Queries, Shared], tuple[*R]]:
+def batchable[Q, S, *R](launch: Callable[[Q, S], tuple[*R]]) -> Callable[[Q, S], tuple[*R]]:
     """A kernel's launch, whose results have an axis of queries, with a rule for vmap.
 
     vmap over the queries alone makes them more queries; over anything else, one launch each.
     """
 
     @jax.custom_batching.custom_vmap
-    def call(queries: Queries, shared: Shared) -> tuple[*R]:
+    def call(queries: Q, shared: S) -> tuple[*R]:
         return launch(queries, shared)
 
     @call.def_vmap
     def over_axis(
         axis_size: int,
         in_batched: tuple[Any, Any],
-        queries: Queries,
-        shared: Shared,
+        queries: Q,
+        shared: S,
     ) -> tuple[tuple[*R], tuple[bool, ...]]:
         is_batched = jax.tree.leaves(in_batched)
         if axis_size == 0 or any(jax.tree.leaves(in_batched[1])):
@@ -238,7 +236,7 @@ def key_lists(queries: Queries, shared: Shared) -> "list[KeyList]":
     return [
         KeyList(
             format=format_name(cache),
-            arrays=_arrays(cache),
+            arrays=arrays_of(cache),
             indices=indices,
             lengths=lengths,
             page_size=cache.page_size if isinstance(cache, PagedV4Rows) else None,
@@ -267,7 +265,7 @@ def format_name(rows: Rows) -> str:
     raise AssertionError(f"{type(rows)=}: expected rows of one of {LAYOUTS}")
 
 
-def _arrays(rows: Rows) -> dict[str, Array]:
+def arrays_of(rows: Rows) -> dict[str, Array]:
     """The arrays of a cache under their names, which are the kernel's."""
     arrays = {name: getattr(rows, name) for name in rows.token_leaves}
     if isinstance(rows, FP8Rows) and rows.scale is not None:

@@ -23,7 +23,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla.layouts.base import Rows
 from jmla.layouts.bf16 import BF16Rows
-from jmla.reference import apply_sink
+from jmla.reference import apply_sink, causal_lengths
 
 HEAD_BLOCK = 16
 KEYS_PER_STEP = 2048
@@ -80,7 +80,8 @@ class _Softmax(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("page_sizes", "num_splits", "rows_per_step", "cpu_rows_per_step")
+    jax.jit,
+    static_argnames=("page_sizes", "num_splits", "rows_per_step", "cpu_rows_per_step", "window"),
 )
 def attend(
     q: BFloat16[Array, "n tokens h width"],
@@ -92,6 +93,7 @@ def attend(
     num_splits: int,
     rows_per_step: int,
     cpu_rows_per_step: int,
+    window: int | None = None,
 ) -> _Results:
     """Attention of `n` rows to the union of their lists.
 
@@ -105,12 +107,16 @@ def attend(
         rows_per_step: rows of one step; times the keys of a step at most `MAX_GATHERED_ROWS`.
         cpu_rows_per_step: the same on CPU. A few rows waste no time there on padding, many
             make the matrix products faster.
+        window: of the leading keys of its list each token attends to at most the last so many;
+            None for all.
 
     Returns:
         out, the largest logit and the natural-log LSE of each token and head.
     """
     scale = jnp.asarray(sm_scale, jnp.float32)
-    loop = functools.partial(_attend_loop, page_sizes=page_sizes, num_splits=num_splits)
+    loop = functools.partial(
+        _attend_loop, page_sizes=page_sizes, num_splits=num_splits, window=window
+    )
     return lax.platform_dependent(
         q,
         lists,
@@ -141,6 +147,32 @@ def decode(
         num_splits=num_splits or 1,
     )
     return out[:, 0], lse[:, 0]
+
+
+def dense_decode(
+    q: BFloat16[Array, "b s_q h width"],
+    rows: Rows,
+    page_table: Int[Array, "b max_pages"],
+    seq_lens: Int[Array, " b"],
+    *,
+    sm_scale: float | Float[Array, ""],
+    causal: bool,
+    window: int | None,
+    num_splits: int | None,
+) -> tuple[BFloat16[Array, "b s_q h value"], Float[Array, "b s_q h"]]:
+    """out and lse of the last tokens of requests over `rows` of token shape (pages, page_size)."""
+    out, _, lse = attend(
+        q,
+        [KeyLists(rows, page_table, causal_lengths(seq_lens, q.shape[1], causal))],
+        page_sizes=(rows.shape[1],),
+        sm_scale=sm_scale,
+        attn_sink=None,
+        rows_per_step=DECODE_ROWS_PER_STEP,
+        cpu_rows_per_step=CPU_DECODE_ROWS_PER_STEP,
+        num_splits=num_splits or 1,
+        window=window,
+    )
+    return out, lse
 
 
 def prefill(
@@ -182,6 +214,7 @@ def _attend_loop(
     page_sizes: tuple[int, ...],
     num_splits: int,
     rows_per_step: int,
+    window: int | None,
 ) -> _Results:
     n, tokens, heads, width = q.shape
     padding = -n % rows_per_step
@@ -203,7 +236,7 @@ def _attend_loop(
     def step(operands):
         merged_q, tables = operands
         q = merged_q.reshape(rows_per_step, tokens, heads, width)
-        softmax = _attend_step(q, stores, tables, page_sizes, scale, num_splits)
+        softmax = _attend_step(q, stores, tables, page_sizes, scale, num_splits, window)
         out, top, lse = _finish(softmax, q.shape, value_dim)
         if attn_sink is not None:
             out = apply_sink(out, lse, attn_sink)
@@ -230,6 +263,7 @@ def _attend_step(
     page_sizes: Sequence[int],
     scale: Float[Array, ""],
     num_splits: int,
+    window: int | None,
 ) -> _Softmax:
     """The softmax of one step's rows, with axes (tokens and head blocks, c, head, width)."""
     c, tokens, heads, width = q.shape
@@ -244,7 +278,7 @@ def _attend_step(
         blocks = max(math.ceil(num_keys / KEYS_PER_STEP), min(num_splits, num_keys))
         block_size = math.ceil(num_keys / blocks)
         attend_block = functools.partial(
-            _attend_block, q, store, pages, block_lengths, page_size, block_size, scale
+            _attend_block, q, store, pages, block_lengths, page_size, block_size, scale, window
         )
         first = attend_block(jnp.int32(0))
         softmax = first if softmax is None else _join(softmax, first)
@@ -263,6 +297,7 @@ def _attend_block(
     page_size: int,
     block_size: int,
     scale: Float[Array, ""],
+    window: int | None,
     start: Int[Array, ""],
 ) -> _Softmax:
     """The softmax of every row over the keys `start` to `start + block_size` of its list."""
@@ -272,6 +307,8 @@ def _attend_block(
     )
     named = (page >= 0) & (page < store.num_slots // page_size)
     named &= places[None, :] < jnp.max(lengths, axis=0)[:, None]
+    if window is not None:
+        named &= places[None, :] >= jnp.min(lengths, axis=0)[:, None] - window
     slots = jnp.where(named, page * page_size + (places % page_size)[None, :], -1)
     keys = store.gather(slots).dequantize()
 
@@ -280,6 +317,8 @@ def _attend_block(
     ) -> _Softmax:
         q, lengths = operands
         valid = named & (places[None, :] < lengths[:, None])
+        if window is not None:
+            valid &= places[None, :] >= lengths[:, None] - window
         logits = jnp.einsum("chw,ckw->chk", q, keys, preferred_element_type=jnp.float32) * scale
         logits = jnp.where(valid[:, None, :], logits, -jnp.inf)
         top = jnp.max(logits, axis=-1)

@@ -21,11 +21,12 @@ What all of them share:
 - `"xla"` runs everywhere, in bounded memory: at most 32768 gathered keys are alive at a time
   (`jmla._xla_attention.MAX_GATHERED_ROWS`). In it a row's bits depend neither on the batch around
   it nor on the number of heads, but for the last bit of lse on a GPU.
-- `"mosaic_gpu"` are kernels for Hopper (compute capability 9.0), of sparse decode and sparse
-  prefill: of one or two caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64).
+- `"mosaic_gpu"` are kernels for Hopper (compute capability 9.0), of sparse decode, sparse prefill
+  and dense decode: of caches in any layout, with latents of 512 + 64 values (FP8_V4: 448 + 64).
   They read FP8 and FP4 values as they are stored, without rounding them to bf16 on the way. With
   `num_splits` given, a row's bits do not depend on the batch, and on the number of heads only in
-  whether it is above 32; None, and prefill, choose by the shapes. Their derivatives are those of
+  whether it is above 32 (in dense decode those of all tokens of a request); None, and prefill,
+  choose by the shapes. Their derivatives are those of
   `"xla"`. A call that they do not serve raises NotImplementedError with every reason. Any machine
   can trace and lower them, to compile them ahead of time; they compile for Hopper only.
 - `"reference"` is `jmla.reference`.
@@ -40,7 +41,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from jmla import _attention_checks as checks
-from jmla import _implementation, _mosaic_decode, _mosaic_prefill, _xla_attention, reference
+from jmla import (
+    _implementation,
+    _mosaic_decode,
+    _mosaic_dense,
+    _mosaic_prefill,
+    _xla_attention,
+    reference,
+)
 from jmla.layouts.base import Rows
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -193,6 +201,8 @@ def dense_decode(
     *,
     sm_scale: float | Float[Array, ""],
     causal: bool = True,
+    window: int | None = None,
+    num_splits: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[BFloat16[Array, "b s_q h value"], Float[Array, "b s_q h"]]:
     """Attention of each request's last tokens to its whole context.
@@ -206,6 +216,10 @@ def dense_decode(
             `max_pages * page_size`; positions beyond the table are not attended to.
         sm_scale: factor on the logits, a finite number or an f32 scalar.
         causal: a token attends to positions up to its own; otherwise to all of `seq_lens`.
+        window: of these positions a token attends to the last so many; None for all.
+        num_splits: parts into which the positions are cut, and joined by their LSE; fewer if there
+            are too few, at most 128 in mosaic_gpu. It changes rounding only, and a fixed number
+            gives a request the same bits in every batch. None leaves it to the implementation.
         implementation: see the module.
 
     Returns:
@@ -220,23 +234,24 @@ def dense_decode(
     checks.check_indices("page_table", page_table, q.shape[:1], "max_pages")
     checks.check_lengths("seq_lens", seq_lens, (q.shape[:1],))
     checks.check_scale(sm_scale)
-    if _choose(implementation, _no_kernel("dense_decode")) == "reference":
+    checks.check_window(window)
+    checks.check_splits(num_splits)
+    chosen = _choose(implementation, _mosaic_dense.unsupported_reasons(q, rows, page_table))
+    if chosen == "reference":
         return reference.dense_decode(
-            q, rows, page_table, seq_lens, sm_scale=sm_scale, causal=causal
+            q, rows, page_table, seq_lens, sm_scale=sm_scale, causal=causal, window=window
         )
-
-    lengths = reference.causal_lengths(seq_lens, q.shape[1], causal)
-    out, _, lse = _xla_attention.attend(
+    attend = _mosaic_dense if chosen == "mosaic_gpu" else _xla_attention
+    return attend.dense_decode(
         q,
-        [_xla_attention.KeyLists(rows, page_table, lengths)],
-        page_sizes=(rows.shape[1],),
+        rows,
+        page_table,
+        seq_lens,
         sm_scale=sm_scale,
-        attn_sink=None,
-        rows_per_step=_xla_attention.DECODE_ROWS_PER_STEP,
-        cpu_rows_per_step=_xla_attention.CPU_DECODE_ROWS_PER_STEP,
-        num_splits=1,
+        causal=causal,
+        window=window,
+        num_splits=num_splits,
     )
-    return out, lse
 
 
 def merge(
@@ -270,7 +285,3 @@ def merge(
 def _choose(implementation: Implementation | None, reasons: list[str]) -> str:
     """The implementation to run; `reasons` is what keeps the kernel from serving the call."""
     return _implementation.choose(implementation, reasons, ("xla", "reference"))
-
-
-def _no_kernel(op: str) -> list[str]:
-    return [f"there is no mosaic_gpu kernel for {op}"]

@@ -57,7 +57,7 @@ def sparse_prefill(
     return _attend(q, keys, valid, sm_scale, attn_sink, rows.value_dim)
 
 
-@functools.partial(jax.jit, static_argnames="causal")
+@functools.partial(jax.jit, static_argnames=("causal", "window"))
 def dense_decode(
     q: Float[Array, "b s_q h width"],
     rows: Rows,
@@ -66,6 +66,7 @@ def dense_decode(
     *,
     sm_scale: float | Float[Array, ""],
     causal: bool = True,
+    window: int | None = None,
 ) -> tuple[Float[Array, "b s_q h value"], Float[Array, "b s_q h"]]:
     """Attention of each request's last `s_q` tokens to all its positions: out, lse."""
     num_pages, page_size = rows.shape
@@ -78,6 +79,8 @@ def dense_decode(
     lengths = causal_lengths(seq_lens, q.shape[1], causal)
     positions = jnp.arange(slots.shape[1], dtype=jnp.int32)
     valid = valid[:, None, :] & (positions[None, None, :] < lengths[:, :, None])
+    if window is not None:
+        valid &= positions[None, None, :] >= lengths[:, :, None] - window
     out, _, lse = _attend(q, keys[:, None], valid, sm_scale, None, rows.value_dim)
     return out, lse
 

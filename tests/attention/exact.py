@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jmla.layouts import (
     to_bytes,
 )
 from jmla.layouts.base import BLOCK_SCALE_TILE
-from tests.attention.cases import random_rows
+from tests.attention.cases import INT_MAX, INT_MIN, random_rows
 from tests.helpers import assert_close
 
 Format = tuple[KVLayout, dict[str, Any]]
@@ -138,6 +138,66 @@ def exact_decode(
                     kept = 1 / (1 + np.exp(np.asarray(attn_sink).astype(np.float64) - lse[i, j]))
                 out[i, j] *= kept[:, None]
     return out, lse
+
+
+class Paging(NamedTuple):
+    """Requests whose pages lie anywhere in a cache.
+
+    Attributes:
+        table: int32 [b, max_pages]; what a request does not need is garbage.
+        slots: int32 [b, longest], the slot of each position, -1 past the end.
+        pages: of the cache; some belong to nobody.
+    """
+
+    table: np.ndarray
+    slots: np.ndarray
+    pages: int
+
+
+def random_paging(seed: int, page_size: int, seq_lens: Sequence[int], spare: int = 2) -> Paging:
+    """Pages in a random order, for requests of these lengths."""
+    rng = np.random.default_rng(seed)
+    counts = [-(-max(length, 0) // page_size) for length in seq_lens]
+    free = rng.permutation(sum(counts) + 3).astype(np.int32)
+    garbage = np.array([-1, INT_MIN, INT_MAX, len(free), 2147480000, -123456], np.int32)
+    table = rng.choice(garbage, (len(seq_lens), max(counts) + spare))
+    slots = np.full((len(seq_lens), max(max(seq_lens), 1)), -1, np.int32)
+    for i, (count, length) in enumerate(zip(counts, seq_lens, strict=True)):
+        table[i, :count], free = free[:count], free[count:]
+        at = np.arange(max(length, 0))
+        slots[i, : len(at)] = table[i, at // page_size] * page_size + at % page_size
+    return Paging(table, slots, sum(counts) + 3)
+
+
+def exact_dense(
+    q: Any,
+    rows: Rows,
+    slots: np.ndarray,
+    seq_lens: Any,
+    *,
+    sm_scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """out [b, s_q, h, 512] and lse [b, s_q, h] of dense decode in f64.
+
+    Args:
+        q: bf16 [b, s_q, h, width].
+        rows: the cache.
+        slots: of each position; see `Paging`.
+        seq_lens: int32 [b].
+        sm_scale: factor on the logits.
+        causal: see `jmla.dense_decode`.
+        window: likewise.
+    """
+    s_q = q.shape[1]
+    behind = np.arange(s_q - 1, -1, -1) if causal else np.zeros(s_q, int)
+    lengths = np.maximum(np.asarray(seq_lens, np.int64), 0)[:, None] - behind
+    places = np.arange(slots.shape[1])
+    seen = places < lengths[..., None]
+    if window is not None:
+        seen &= places >= lengths[..., None] - window
+    return exact_decode(q, [(rows, np.where(seen, slots[:, None], -1), None)], sm_scale=sm_scale)
 
 
 def exact_tops(q: Any, rows: Rows, indices: Any, lengths: Any, *, sm_scale: float) -> np.ndarray:

@@ -97,3 +97,45 @@ def test_a_request_alone_has_the_bits_it_has_in_a_batch():
             q[part], rows, table[part], lengths[part], sm_scale=SCALE, implementation="xla"
         )
         same_bits(alone, jax.tree.map(lambda x, part=part: x[part], together))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 70, 5000])
+def test_a_window_is_the_last_of_the_positions(
+    window: int, causal: bool, implementation: Implementation
+):
+    seq_lens = [0, 1, 2, 64, 70, 71, 300, 2100]
+    table, slots, pages = paged_case(64, seq_lens)
+    q, rows = random_queries(1, len(seq_lens), 3, 2), random_rows(0, pages, 64)
+    ours = dense_decode(
+        q,
+        rows,
+        table,
+        jnp.asarray(seq_lens, jnp.int32),
+        sm_scale=SCALE,
+        causal=causal,
+        window=window,
+        implementation=implementation,
+    )
+    behind = np.arange(2, -1, -1) if causal else np.zeros(3, int)
+    lengths = (np.array(seq_lens)[:, None] - behind)[..., None]
+    places = np.arange(slots.shape[1])
+    seen = (places < lengths) & (places >= lengths - window)
+    out, lse = sparse_decode(
+        q,
+        rows,
+        jnp.asarray(np.where(seen, np.asarray(slots)[:, None], -1)),
+        sm_scale=SCALE,
+        implementation="reference",
+    )
+    assert_close(ours[0], out, abs_tol=8e-4, rel_tol=2.01 / 128, cos_tol=5e-6)
+    assert_close(ours[1], lse, abs_tol=2e-6, rel_tol=2e-6)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0])
+def test_a_window_is_a_positive_number(window):
+    q, rows = random_queries(1, 1, 1, 2), random_rows(0, 5, 4)
+    table, lengths = jnp.array([[3, 1]], jnp.int32), jnp.array([5], jnp.int32)
+    with pytest.raises(ValueError, match=r"window=.*expected a positive int"):
+        dense_decode(q, rows, table, lengths, sm_scale=SCALE, window=window)

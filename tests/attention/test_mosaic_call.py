@@ -10,7 +10,7 @@ import pytest
 
 import jmla
 from jmla import _implementation, _mosaic_decode
-from jmla.attention import dense_decode, sparse_decode
+from jmla.attention import sparse_decode
 from jmla.layouts import BF16Rows, KVLayout, Rows, from_bytes, quantize, to_bytes
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows, same_bits
 from tests.attention.exact import (
@@ -214,7 +214,6 @@ def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
         sparse_decode(q, rows, indices, sm_scale=SCALE)
         assert bool(calls) == hopper
     sparse_decode(q, rows, indices, sm_scale=SCALE, implementation="xla")
-    dense_decode(q, rows, indices[:, 0], jnp.ones(2, jnp.int32), sm_scale=SCALE)
     sparse_decode(q[:0], rows, indices[:0], sm_scale=SCALE)
     small = random_rows(1, 3, 7)
     sparse_decode(q[..., :192], small, indices, sm_scale=SCALE)

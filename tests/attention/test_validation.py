@@ -88,7 +88,7 @@ def test_wrong_arguments_are_found_while_tracing():
             ["reads FP4 latents of 512 + 64", "these have 128 + 64"],
         ),
         (sparse_prefill, PREFILL, ["512 + 64 values only, and these have 128 + 64"]),
-        (dense_decode, DENSE, ["there is no mosaic_gpu kernel for dense_decode"]),
+        (dense_decode, DENSE, ["512 + 64 values only, and these have 128 + 64"]),
     ],
 )
 def test_a_named_implementation_that_cannot_serve_says_every_reason(op, arguments, reasons):

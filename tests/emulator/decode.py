@@ -113,7 +113,7 @@ def decode(
     lists = [
         call.KeyList(
             format=mosaic.format_name(cache),
-            arrays={name: np.asarray(x) for name, x in mosaic._arrays(cache.flat()).items()},
+            arrays={name: np.asarray(x) for name, x in mosaic.arrays_of(cache.flat()).items()},
             indices=np.asarray(slots)[:, 0],
             lengths=None if lengths is None else np.asarray(lengths, np.int32),
             page_size=cache.page_size if isinstance(cache, PagedV4Rows) else None,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tests.emulator import arith, mlir
+from tests.emulator import arith, boxes, mlir
 from tests.emulator.control import Control
 from tests.emulator.launch import Launcher
 
@@ -48,11 +48,17 @@ def kernels() -> Kernels:
         )
         memory = importlib.import_module(f"{_PACKAGE}.device.memory")
         _replace(memory, mgpu_utils=mlir.mgpu_utils, llvm=mlir.llvm)
+        _replace(
+            importlib.import_module(f"{_PACKAGE}.device.boxes"),
+            _box_map=lambda *arguments: simt.Value(boxes.box_map(*arguments)),
+        )
         _replace(importlib.import_module(f"{_PACKAGE}.device.wgmma"), llvm=mlir.llvm)
         program = importlib.import_module(f"{_PACKAGE}.sparse_decode.program")
         _replace(program, plgpu=launcher.plgpu, pl=launcher.pl, lax=launcher.lax)
         join = importlib.import_module(f"{_PACKAGE}.sparse_decode.join")
         _replace(join, plgpu=launcher.plgpu, lax=launcher.lax)
+        many = importlib.import_module(f"{_PACKAGE}.dense_decode.join")
+        _replace(many, plgpu=launcher.plgpu, lax=launcher.lax)
         topk = importlib.import_module(f"{_PACKAGE}.select_topk.call")
         _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
         codec = importlib.import_module(f"{_PACKAGE}.cache_codec.call")
@@ -61,6 +67,7 @@ def kernels() -> Kernels:
         _replace(pages, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
         importlib.import_module(f"{_PACKAGE}.indexer_logits.call")
+        importlib.import_module(f"{_PACKAGE}.dense_decode.call")
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 
