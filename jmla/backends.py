@@ -122,7 +122,7 @@ def _gathered(*layouts: KVLayout, indices: IndexTransform) -> tuple[Access, ...]
 
 
 _DENSE = (
-    *_direct(_BF16, _RAW, indices="PAGE_TABLE"),
+    *_direct(_BF16, _RAW, _BLOCK, indices="PAGE_TABLE"),
     *_gathered(_FP4, indices="PAGE_TABLE"),
 )
 
@@ -150,6 +150,9 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("decode", "PAGE_TABLE", (HOPPER,), _mosaic_decode.LAYOUTS),
+    # Tiles of a prompt are requests with many tokens.
+    Kernel("prefill", "PAGE_TABLE", (HOPPER,), _mosaic_decode.LAYOUTS),
     Kernel("decode", "PAGED", (HOPPER,), _mosaic_decode.LAYOUTS),
     Kernel("prefill", "PAGED", (HOPPER,), _mosaic_decode.LAYOUTS),
     # Gathered rows of FP8_V4 are values without a rotary part, which no kernel reads.

@@ -187,6 +187,7 @@ def _decode(
             batch.page_table,
             batch.seq_lens,
             sm_scale=plan.sm_scale,
+            num_splits=plan.num_splits,
             implementation=plan.implementation,
         )
     indices = paged_indices(

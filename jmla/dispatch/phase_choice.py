@@ -156,6 +156,6 @@ def _what_runs(backend: str, phase: Phase, how: Access, facts: SharedFacts) -> s
     reasons = layout_reasons(facts.layout, facts.rank, facts.rope_dim)
     if reasons:
         return f"runs on XLA: {'; '.join(reasons)}"
-    in_place = how.reads == "gather_dequantize" and how.indices == "PAGED"
+    in_place = how.reads == "gather_dequantize" and how.indices != "RAGGED"
     copies = ", which makes no dequantised copies" * in_place
     return f"runs on the device kernel for {where}{copies}"

@@ -26,7 +26,13 @@ NO_COPIES = f"{RUNS}, which makes no dequantised copies"
         ({"layout": V4, "kv_lora_rank": 448, "attn_sink": True}, NO_COPIES),
         ({"layout": V4}, "reads FP8_V4 latents of 448 + 64 values only, and these have 512 + 64"),
         ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),
-        ({"layout": BF16, "decode_backend": "flashmla"}, "no device kernel serves flashmla decode"),
+        ({"layout": BF16, "decode_backend": "flashmla"}, RUNS),
+        ({"layout": BLOCK, "decode_backend": "flashmla"}, RUNS),
+        ({"layout": FP4, "decode_backend": "flashmla"}, NO_COPIES),
+        (
+            {"layout": BF16, "decode_backend": "flashmla", "platform": "sm_100"},
+            "no device kernel serves flashmla decode on sm_100",
+        ),
         ({"layout": BF16, "platform": "sm_100"}, "no device kernel serves trtllm decode on sm_100"),
         ({"layout": BF16, "platform": "cpu"}, "no device kernel serves fa3 decode on cpu"),
         ({"layout": BF16, "implementation": "xla"}, "runs on implementation='xla', as named"),
@@ -53,13 +59,14 @@ def test_the_plan_says_what_runs_its_decode(settings: dict[str, Any], reason: st
             "runs on XLA: no device kernel serves flashmla_sparse prefill over FP8_V4",
         ),
         ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),
-        ({"layout": BF16, "prefill_backend": "flashmla"}, "serves flashmla prefill on sm_90"),
+        ({"layout": BF16, "prefill_backend": "flashmla"}, RUNS),
+        ({"layout": FP4, "prefill_backend": "flashmla"}, NO_COPIES),
         ({"layout": BF16, "platform": "cpu"}, "serves flashmla_sparse prefill on cpu"),
     ],
 )
 def test_the_plan_says_what_runs_its_prefill(settings: dict[str, Any], reason: str) -> None:
     said = plan_of(**settings).prefill.reasons[-1]
-    assert said == reason if reason == RUNS else reason in said
+    assert said == reason if reason in (RUNS, NO_COPIES) else reason in said
 
 
 def test_the_kernel_may_be_named_for_both_phases() -> None:
@@ -82,8 +89,10 @@ def test_a_named_implementation_that_cannot_serve_is_not_implemented() -> None:
     assert "implementation=None, 'xla' or 'reference'" in text
     elsewhere = "no kernel for fa3 decode on 'cpu' (platforms with one: 'sm_90')"
     assert elsewhere in unserved(platform="cpu")
-    dense = "no kernel for flashmla decode on 'sm_90' (platforms with one: none yet)"
-    assert dense in unserved(kv_cache_dtype="bfloat16", decode_backend="flashmla")
+    dense = "no kernel for flashmla decode on 'sm_100' (platforms with one: 'sm_90')"
+    assert dense in unserved(
+        platform="sm_100", kv_cache_dtype="bfloat16", decode_backend="flashmla"
+    )
     assert "cannot serve flashmla_kv decode: the mosaic_gpu kernel reads FP8_V4 latents" in (
         unserved(layout=V4)
     )

@@ -24,14 +24,14 @@ READS = {
         "flashmla_auto": {BF16, RAW, BLOCK, FP4, V4},
         "trtllm": {BF16, RAW},
         "fa3": {BF16},
-        "flashmla": {BF16, RAW, FP4},
+        "flashmla": {BF16, RAW, BLOCK, FP4},
     },
     "decode": {
         "flashmla_sparse": {BF16, RAW, BLOCK, FP4, V4},
         "flashmla_kv": {BLOCK, V4},
         "trtllm": {BF16, RAW},
         "fa3": {BF16},
-        "flashmla": {BF16, RAW, FP4},
+        "flashmla": {BF16, RAW, BLOCK, FP4},
     },
 }
 PREFILLS = (None, *READS["prefill"])

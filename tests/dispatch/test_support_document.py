@@ -59,9 +59,11 @@ def test_kernels_serve_what_reads_their_indices_and_layouts() -> None:
     served = {
         (phase, name) for phase in PHASES for name in backends_of(phase) if kernels_of(name, phase)
     }
-    names = ("flashmla_sparse", "flashmla_kv", "trtllm", "fa3")
+    names = ("flashmla_sparse", "flashmla_kv", "trtllm", "fa3", "flashmla")
     assert served == {(phase, name) for phase in PHASES for name in names}
-    decode, *prefill = KERNELS
+    dense_decode, dense_prefill, decode, *prefill = KERNELS
+    assert kernels_of("flashmla", "decode") == (dense_decode,)
+    assert kernels_of("flashmla", "prefill") == (dense_prefill,)
     assert kernels_of("flashmla_sparse", "decode") == (decode,)
     assert kernels_of("flashmla_sparse", "prefill") == tuple(prefill)
     assert kernels_of("flashmla_kv", "prefill") == tuple(prefill[:1])
