@@ -2,6 +2,7 @@
 
 python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
+python -m benchmarks dense_decode --layouts bf16,576,fp4
 python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64
 python -m benchmarks select_topk
 python -m benchmarks indexer_logits
@@ -26,6 +27,7 @@ from benchmarks import (
     cache,
     cache_peer,
     decode_step,
+    dense_decode,
     indexer_logits,
     peers,
     records,
@@ -50,6 +52,7 @@ SIZES = sparse_decode.Sizes()
 Start = Callable[..., Iterator[Any]]
 
 CASES = {case.name: case for case in sparse_decode.CASES}
+DENSE_CASES = {case.name: case for case in dense_decode.CASES}
 PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
 LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
@@ -81,6 +84,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
     _add_common(op, "FlashMLA over these; needs PyTorch and sgl-flash-mla")
+    op = ops.add_parser("dense_decode", help=dense_decode.__doc__)
+    op.add_argument("--cases", default=",".join(DENSE_CASES), help="names (default: %(default)s)")
+    op.add_argument(
+        "--layouts",
+        default="bf16",
+        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
+    )
+    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
     op = ops.add_parser("sparse_prefill", help=sparse_prefill.__doc__)
     op.add_argument("--cases", default=",".join(PREFILL_CASES), help="names (default: %(default)s)")
     op.add_argument(
@@ -156,6 +168,21 @@ def _sparse_decode(options: argparse.Namespace) -> Start:
             sizes=SIZES,
         )
         return bench.run(cases, measured, failed=failed)
+
+    return start
+
+
+def _dense_decode(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, DENSE_CASES, "--cases")
+    layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
+    if options.peer and "bf16" in layouts:
+        peers.check()
+
+    def start(timer, ceilings, environment, failed):
+        bench = dense_decode.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, layouts, failed=failed)
 
     return start
 
@@ -239,6 +266,7 @@ def _cache(options: argparse.Namespace) -> Start:
 
 _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
+    "dense_decode": _dense_decode,
     "sparse_prefill": _sparse_prefill,
     "select_topk": _select_topk,
     "indexer_logits": _indexer_logits,
@@ -247,6 +275,7 @@ _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
+    "dense_decode": records.table,
     "sparse_prefill": records.table,
     "select_topk": select_topk.table,
     "indexer_logits": indexer_logits.table,

@@ -1,4 +1,4 @@
-"""FlashMLA's sparse decode and prefill over the same cache, queries and indices as ours."""
+"""FlashMLA's decode and sparse prefill over the same cache, queries and indices as ours."""
 
 import dataclasses
 from typing import Any
@@ -100,6 +100,80 @@ class FlashMLA:
         """f32 out [b, s_q, h, 512] and lse [b, s_q, h] of what a call returned."""
         out, lse = (part.float().cpu().numpy() for part in returned)
         return out[:, :, :heads], np.swapaxes(lse, 1, 2)[:, :, :heads]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashMLADense:
+    """Its dense decode over pages of bf16.
+
+    Attributes:
+        torch: the module.
+        flash_mla: the module.
+        cache: bf16 [pages, page_size, 1, 576], the memory of the JAX array it was made of.
+        sm_scale: factor on the logits.
+    """
+
+    torch: Any
+    flash_mla: Any
+    cache: Any
+    sm_scale: float
+
+    name = "flashmla"
+
+    @classmethod
+    def over(
+        cls, latents: BFloat16[Array, "pages page_size width"], *, sm_scale: float
+    ) -> "FlashMLADense":
+        """The peer over a cache of pages.
+
+        Raises:
+            ModuleNotFoundError: PyTorch or FlashMLA is not installed.
+        """
+        torch = required("torch", install=_INSTALL)
+        flash_mla = required("flash_mla", install=_INSTALL)
+        cache = torch.from_dlpack(jax.block_until_ready(latents))
+        return cls(torch, flash_mla, cache.unsqueeze(2), sm_scale)
+
+    def metadata(self) -> Any:
+        """What FlashMLA plans once per shape and lengths and keeps: its first call fills it."""
+        return self.flash_mla.get_mla_metadata()[0]
+
+    def call(
+        self,
+        q: BFloat16[Array, "b s_q h width"],
+        table: Int[Array, "b max_pages"],
+        seq_lens: Int[Array, " b"],
+        metadata: Any,
+    ) -> Call:
+        """A causal call on these inputs; conversion happens here and not in it."""
+        given = jax.block_until_ready((q, table, seq_lens))
+        queries, pages, lengths = (self.torch.from_dlpack(each) for each in given)
+
+        def run() -> tuple[Any, Any]:
+            return self.flash_mla.flash_mla_with_kvcache(
+                queries,
+                self.cache,
+                pages,
+                lengths,
+                512,
+                metadata,
+                None,
+                self.sm_scale,
+                True,
+                False,
+                use_legacy=True,
+            )
+
+        return run
+
+    def wait(self, _: object) -> None:
+        """Until all its work is done."""
+        self.torch.cuda.synchronize()
+
+    def results(self, returned: Any) -> tuple[np.ndarray, np.ndarray]:
+        """f32 out [b, s_q, h, 512] and lse [b, s_q, h] of what a call returned."""
+        out, lse = (part.float().cpu().numpy() for part in returned)
+        return out, np.swapaxes(lse, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 python -m examples.decode_loop
 python -m examples.decode_loop --layout 576 --prefill-backend flashmla_kv --decode-backend trtllm
+python -m examples.decode_loop --layout fp4 --prefill-backend flashmla --decode-backend flashmla
 python -m examples.decode_loop --prompt-file some_module.py --tokens 400
 python -m examples.decode_loop --hisparse
 python -m examples.decode_loop --compare
