@@ -9,6 +9,7 @@ from pallas_kernels.device.memory import (
     load_shared,
     store_shared,
 )
+from pallas_kernels.device.scan import sums_before
 from pallas_kernels.device.simt import (
     WARP,
     Value,
@@ -18,8 +19,6 @@ from pallas_kernels.device.simt import (
     minimum,
     opaque,
     select,
-    sum_below,
-    sum_of_warp,
     when,
 )
 from pallas_kernels.device.sync import named_barrier
@@ -160,13 +159,10 @@ class Block:
 
         A barrier must be between two calls.
         """
-        up_to = sum_below(value, self.lane)
-        warp = self.thread >> 5
-        totals = self.shared["header"]
-        when(self.lane.equals(WARP - 1), lambda: store_shared(totals + warp * 4, [up_to]))
-        self.sync()
-        (total,) = load_shared(totals + minimum(self.lane, self.threads // WARP - 1) * 4, "r")
-        return sum_of_warp(select(self.lane < warp, total, i32(0))) + up_to - value
+        before, _ = sums_before(
+            [value], self.thread, self.threads, self.shared["header"], self.sync
+        )
+        return before[0]
 
     def total(self, value: Value) -> Value:
         """The sum of the values of all threads, as `sum_before`."""

@@ -65,6 +65,8 @@ def kernels() -> Kernels:
         _replace(codec, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         pages = importlib.import_module(f"{_PACKAGE}.page_copy.call")
         _replace(pages, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
+        buffer = importlib.import_module(f"{_PACKAGE}.hot_buffer.call")
+        _replace(buffer, plgpu=launcher.plgpu, lax=launcher.lax, jax=launcher.jax)
         importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
         importlib.import_module(f"{_PACKAGE}.indexer_logits.call")
         importlib.import_module(f"{_PACKAGE}.dense_decode.call")
