@@ -55,13 +55,14 @@ def takes_kernel(
 
 
 def unsupported_reasons(
-    *tokens: TokenRows | _Latents | RawLatents, empty: bool = False
+    *tokens: TokenRows | _Latents | RawLatents, empty: bool = False, host: bool = False
 ) -> list[str]:
     """Why the kernel cannot read or write these rows; none if it can.
 
     Args:
         tokens: rows of any token axes, index keys, or latents, raw or not.
         empty: whether there may be no rows.
+        host: whether they may be in pinned host memory, too.
     """
     found = []
     for each in tokens:
@@ -77,7 +78,7 @@ def unsupported_reasons(
         if each.num_slots == 0 and not empty:
             found.append(f"{name}: the mosaic_gpu kernel expects at least one slot: {each.shape=}")
         leaves = (getattr(each, leaf) for leaf in each.token_leaves)
-        if any(jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in leaves):
+        if not host and any(map(_in_host_memory, leaves)):
             found.append(f"{name}: the mosaic_gpu kernel expects rows in device memory")
     return found
 
@@ -104,13 +105,18 @@ def store(
 
 
 def _store_by_xla(targets: Any, slots: Any, sources: Any) -> Any:
+    # Its package imports this module.
+    from jmla.hisparse.host_memory import write_rows
+
+    latents = [each.prepared() if isinstance(each, RawLatents) else each for each in sources]
     return tuple(
-        target.set(
-            slots,
-            target.encode(source.prepared() if isinstance(source, RawLatents) else source),
-        )
-        for target, source in zip(targets, sources, strict=True)
+        write_rows(target, slots, target.encode(each))
+        for target, each in zip(targets, latents, strict=True)
     )
+
+
+def _in_host_memory(leaf: Array) -> bool:
+    return bool(jax.typeof(leaf).memory_space == jax.memory.Space.Host)
 
 
 @jax.custom_batching.custom_vmap
@@ -125,9 +131,17 @@ def _store(targets: Any, slots: Any, sources: Any) -> Any:
     )
     # Merged here, under jit: outside of it every reshape is a copy of the cache.
     return tuple(
-        dataclasses.replace(target.flat(), **leaves).reshape(*target.shape)
+        dataclasses.replace(target.flat(), **leaves)
+        .reshape(*target.shape)
+        .map_tokens(in_memory_of, target)
         for target, leaves in zip(targets, stored, strict=True)
     )
+
+
+def in_memory_of(leaf: Array, like: Array) -> Array:
+    """What a kernel has made of an array in place, in JAX's types where that array is."""
+    # A reference is frozen as an array of the device, wherever it is. Nothing moves.
+    return jax.device_put(leaf, jax.memory.Space.Host) if _in_host_memory(like) else leaf
 
 
 @_store.def_vmap
@@ -140,6 +154,7 @@ _compiled_store = jax.jit(_store)
 
 
 def over_axis(function: Any, axis_size: int, in_batched: Any, arguments: Any) -> Any:
+    """A rule of `custom_vmap` by another function: its results, of which each leaf is batched."""
     axes = tuple(jax.tree.map(lambda moves: 0 if moves else None, each) for each in in_batched)
     results = jax.vmap(function, in_axes=axes, axis_size=axis_size)(*arguments)
     return results, jax.tree.map(lambda _: True, results)

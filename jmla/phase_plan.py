@@ -222,7 +222,13 @@ def decode_hisparse(
     _check_queries(plan, q, (b, s_q), attn_sink)
     _check_rows(plan, "state", state.layout, state.sizes.page_size)
     visible = _visible(plan, positions, _causal_lengths(seq_lens, s_q))
-    state, slots = swap_in(state, visible.reshape(b, s_q, visible.shape[1]), seq_lens)
+    state, slots = swap_in(
+        state,
+        visible.reshape(b, s_q, visible.shape[1]),
+        seq_lens,
+        # The swap has no code of its own for a reference.
+        implementation="xla" if plan.implementation == "reference" else plan.implementation,
+    )
     out, lse = sparse_decode(
         q,
         state.buffer_rows,

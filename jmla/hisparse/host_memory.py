@@ -1,7 +1,9 @@
 """Rows in host memory: putting them there, reading and writing some of them inside jit.
 
 JAX's types tell host memory from device memory and refuse to mix them, so that what touches the
-host's arrays runs as host code, and only the rows asked for cross the link.
+host's arrays runs as host code, and only the rows asked for cross the link. The Hopper kernels of
+`jmla._mosaic_hisparse` and `jmla._mosaic_cache` do not go that way: to the GPU a pinned array is
+memory like any other.
 """
 
 from collections.abc import Callable
@@ -9,12 +11,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.compute_on import compute_on
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from jmla.layouts.base import Rows, check_slots, movable
+from jmla.layouts.base import Rows, TokenRows, check_slots, movable
 
 HostMemory = Literal["pinned_host", "device"]
 """Where host rows are: page-locked host memory, or the default memory, which on a CPU is the
@@ -33,7 +36,33 @@ def place_rows(rows: Rows, memory: HostMemory | None = None) -> Rows:
 
     Raises:
         ValueError: `memory` is neither, or the device cannot address it.
+        MemoryError: there is not that much host memory.
     """
+    sharding = _sharding(memory)
+    return rows if sharding is None else rows.map_tokens(lambda leaf: _placed(leaf, sharding))
+
+
+def zero_host_rows(empty: Rows, num_pages: int, memory: HostMemory | None = None) -> Rows:
+    """Pages of zeros in host memory, which do not pass through the device's.
+
+    Args:
+        empty: rows of token shape `(0, page_size)`.
+        num_pages: how many pages.
+        memory: as in `place_rows`, and so are the errors.
+    """
+    sharding = _sharding(memory)
+
+    def zeros(leaf: Array) -> Array:
+        shape = num_pages, *leaf.shape[1:]
+        if sharding is None:
+            return jnp.zeros(shape, leaf.dtype)
+        return _placed(np.zeros(shape, leaf.dtype), sharding)
+
+    return empty.map_tokens(zeros)
+
+
+def _sharding(memory: HostMemory | None) -> SingleDeviceSharding | None:
+    """Where rows go; None for plain arrays."""
     device = jax.local_devices()[0]
     if memory is None:
         memory = "pinned_host" if device.platform == "gpu" else "device"
@@ -42,13 +71,23 @@ def place_rows(rows: Rows, memory: HostMemory | None = None) -> Rows:
         raise ValueError(
             f"{memory=}: expected 'pinned_host' or 'device'; {device} addresses {kinds}"
         )
-    if memory == "device":
-        return rows
-    sharding = SingleDeviceSharding(device, memory_kind=memory)
-    return rows.map_tokens(lambda leaf: jax.device_put(leaf, sharding))
+    return None if memory == "device" else SingleDeviceSharding(device, memory_kind=memory)
 
 
-def read_rows(rows: Rows, slots: Int[Array, "..."]) -> Rows:
+def _placed(leaf: Array | np.ndarray, sharding: SingleDeviceSharding) -> Array:
+    try:
+        return jax.block_until_ready(jax.device_put(leaf, sharding))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"{leaf.nbytes=}: there is not as much pinned host memory: make the state with fewer "
+            "pages, or raise XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, JAX's own limit, if the machine "
+            "has more"
+        ) from error
+
+
+def read_rows[T: TokenRows](rows: T, slots: Int[Array, "..."]) -> T:
     """`rows.gather(slots)` with the result in device memory, wherever `rows` are."""
     if not in_host_memory(rows):
         return rows.gather(slots)
@@ -64,7 +103,7 @@ def read_rows(rows: Rows, slots: Int[Array, "..."]) -> Rows:
     return rows.flat().map_tokens(take)
 
 
-def write_rows(rows: Rows, slots: Int[Array, "..."], new: Rows) -> Rows:
+def write_rows[T: TokenRows](rows: T, slots: Int[Array, "..."], new: T) -> T:
     """`rows.set(slots, new)` with `new` in device memory, wherever `rows` are."""
     if not in_host_memory(rows):
         return rows.set(slots, new)
@@ -77,7 +116,15 @@ def write_rows(rows: Rows, slots: Int[Array, "..."], new: Rows) -> Rows:
     return rows.flat().map_tokens(put, new).reshape(*rows.shape)
 
 
-def in_host_memory(rows: Rows) -> bool:
+def copy_by_xla[T: TokenRows](
+    source: T, target: T, source_slots: Int[Array, "..."], target_slots: Int[Array, "..."]
+) -> T:
+    """`jmla._mosaic_hisparse.copy_rows` without a kernel."""
+    exists = (source_slots >= 0) & (source_slots < source.num_slots)
+    return write_rows(target, jnp.where(exists, target_slots, -1), read_rows(source, source_slots))
+
+
+def in_host_memory(rows: TokenRows) -> bool:
     """Whether JAX holds the rows in host memory; plain arrays on a CPU are not, to JAX."""
     name = next(iter(rows.token_leaves))
     return jax.typeof(getattr(rows, name)).memory_space == _HOST

@@ -1,17 +1,21 @@
 """How requests come, grow and go: admission after a prefill, new tokens of a step, release."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmla._checks import check_int32
+from jmla._mosaic_cache import store, takes_kernel, unsupported_reasons
+from jmla._mosaic_hisparse import HiSparseImplementation, copy_reasons, copy_rows
+from jmla._mosaic_hisparse import place_new as place_by_kernel
 from jmla.cache import Cache
-from jmla.hisparse.host_memory import write_rows
+from jmla.hisparse.host_memory import copy_by_xla
 from jmla.hisparse.placement import forget, place_new, place_prompt
 from jmla.hisparse.state import HiSparseState
-from jmla.layouts.paged_index_keys import PagedIndexKeyRows
+from jmla.layouts.base import check_latents
 from jmla.topk import paged_indices
 
 
@@ -20,6 +24,8 @@ def append(
     seq_lens: Int[Array, " requests"],
     latents: Float[Array, "requests s_q width"],
     index_keys: Float[Array, "requests s_q dim"] | None = None,
+    *,
+    implementation: HiSparseImplementation | None = None,
 ) -> HiSparseState:
     """The state with each request's `s_q` new tokens stored, on the host and in its buffer.
 
@@ -34,10 +40,14 @@ def append(
             dropped and whose buffer stays as it is. So is a token without a host page dropped.
         latents: bf16 or f32 `[requests, s_q, width]`; `s_q` at most `sizes.newest`.
         index_keys: bf16 or f32 `[requests, s_q, dim]`; required if the state has index keys.
+        implementation: "mosaic_gpu", kernels that write the host's rows where they are; "xla"; or
+            None for the kernels where they serve the call. Both store the same bytes, but for the
+            sign and payload of NaN.
 
     Raises:
         ValueError: a wrong shape or dtype, more tokens than reserved slots, or index keys given or
             left out against the state.
+        NotImplementedError: the kernel is asked for and cannot serve the call.
     """
     sizes = state.sizes
     check_int32("seq_lens", seq_lens, (sizes.requests,))
@@ -52,8 +62,6 @@ def append(
             f"{latents.shape=}: {s_q} new tokens of a request, expected 1 to {sizes.newest=}, its "
             "reserved slots; make the state with HiSparseSizes(newest=...) of the draft tokens"
         )
-    residency, host_slots, rows_of = place_new(state.residency, seq_lens, s_q)
-    new = state.buffer_rows.encode(latents)
     keys = state.index_keys
     if (keys is None) != (index_keys is None):
         raise ValueError(
@@ -61,14 +69,27 @@ def append(
             f"{'no index keys' if keys is None else f'index keys of {keys.dim} values'}; see "
             "index_dim of init_state"
         )
+    check_latents(latents, state.buffer_rows.width)
     if keys is not None and index_keys is not None:
-        keys = keys.set(host_slots, keys.encode(index_keys))
-    return HiSparseState(
-        write_rows(state.host_rows, host_slots, new),
-        state.buffer_rows.set(rows_of, new),
-        residency,
-        keys,
-    )
+        if index_keys.shape[:-1] != (sizes.requests, s_q):
+            raise ValueError(
+                f"{index_keys.shape=}: expected [{sizes.requests}, {s_q}, {keys.dim}], a key for "
+                "each new token"
+            )
+        check_latents(index_keys, keys.dim)
+    new = (latents,) if index_keys is None else (latents, index_keys)
+    sources = tuple(tokens.reshape(-1, tokens.shape[-1]) for tokens in new)
+    tokens = (state.host_rows, state.buffer_rows, *(() if keys is None else (keys,)), *sources)
+    kernel = takes_kernel(implementation, lambda: unsupported_reasons(*tokens, host=True))
+    place = place_by_kernel if kernel else place_new
+    residency, *slots = place(state.residency, seq_lens, s_q)
+    host, buffer = (each.reshape(-1) for each in slots)
+    # Apart: XLA takes all results of a call for host memory if one of them is there in place.
+    (host_rows,) = store((state.host_rows,), host, sources[:1], kernel=kernel)
+    (buffer_rows,) = store((state.buffer_rows,), buffer, sources[:1], kernel=kernel)
+    if keys is not None:
+        (keys,) = store((keys,), host, sources[1:], kernel=kernel)
+    return HiSparseState(host_rows, buffer_rows, residency, keys)
 
 
 def admit(
@@ -77,12 +98,15 @@ def admit(
     length: Int[Array, ""],
     cache: Cache,
     cache_pages: Int[Array, " pages"],
+    *,
+    implementation: HiSparseImplementation | None = None,
 ) -> HiSparseState:
     """The state with a prefilled request in a row of the batch.
 
     All its rows and index keys are copied, the first `device_buffer_size` rows to the device
-    buffer, too. Nothing of the cache is changed; its pages are free once this has run. It moves
-    `pages` whole pages whatever the length, so that one compilation serves all prompts.
+    buffer, too; a token without a page of the cache is left out. Nothing of the cache is changed;
+    its pages are free once this has run. It moves `pages` whole pages whatever the length, so that
+    one compilation serves all prompts.
 
     Args:
         state: with pages for `length` tokens assigned to the request.
@@ -90,9 +114,11 @@ def admit(
         length: int32 scalar, tokens of the prompt; at most `pages * page_size`.
         cache: what the prefill wrote, in the state's layout.
         cache_pages: int32 `[pages]`, the request's row of the prefill's page table.
+        implementation: as in `append`; both store the same bytes.
 
     Raises:
         ValueError: wrong shapes or dtypes, or a cache of another format.
+        NotImplementedError: the kernel is asked for and cannot serve the call.
     """
     check_int32("request", request, ())
     check_int32("length", length, ())
@@ -108,16 +134,16 @@ def admit(
     residency = place_prompt(state.residency, request, length)
     host = residency.host_slots(stored, request[None])[0]
     in_buffer = jnp.where(stored < state.sizes.device_buffer_size, stored, -1)
-    rows = cache.rows.gather(source)
-    keys = state.index_keys
-    if keys is not None and cache.index_keys is not None:
-        new_keys = cache.index_keys.gather(source)
-        if isinstance(new_keys, PagedIndexKeyRows):
-            new_keys = new_keys.unpacked()
-        keys = keys.set(host, new_keys)
+    buffer = residency.buffer_rows_of(in_buffer, request[None])[0]
+    tokens = cache.rows, state.host_rows, state.buffer_rows
+    kernel = takes_kernel(implementation, lambda: copy_reasons(*tokens))
+    copy = copy_rows if kernel else copy_by_xla
+    keys: Any = state.index_keys
+    if keys is not None:
+        keys = copy(cache.index_keys, keys, source, host)
     return HiSparseState(
-        write_rows(state.host_rows, host, rows),
-        state.buffer_rows.set(residency.buffer_rows_of(in_buffer, request[None])[0], rows),
+        copy(cache.rows, state.host_rows, source, host),
+        copy(cache.rows, state.buffer_rows, source, buffer),
         residency,
         keys,
     )

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int32
 
 from jmla._checks import check_int32
+from jmla._mosaic_cache import takes_kernel
+from jmla._mosaic_hisparse import HiSparseImplementation, Planned, swap_reasons
+from jmla._mosaic_hisparse import plan_swap as plan_by_kernel
 from jmla.hisparse.sizes import HiSparseSizes
 from jmla.topk import paged_indices
 
@@ -95,6 +98,8 @@ def plan_swap(
     residency: Residency,
     positions: Int[Array, "requests *rest"],
     seq_lens: Int[Array, " requests"],
+    *,
+    implementation: HiSparseImplementation | None = None,
 ) -> tuple[Residency, Swap]:
     """Finds a slot for every selected position and says which rows must be fetched.
 
@@ -118,12 +123,15 @@ def plan_swap(
         positions: int32 `[requests, k]`, or `[requests, s_q, k]` for several tokens of a request,
             which share its buffer; at most `device_buffer_size` per request.
         seq_lens: int32 `[requests]`, the new tokens included; 0 for an idle row.
+        implementation: "mosaic_gpu", "xla", or None for the kernel where it serves the call. Both
+            give the same integers.
 
     Returns:
         The residency after the step, and what to do with the rows.
 
     Raises:
         ValueError: wrong shapes or dtypes, or more positions than the buffer has slots.
+        NotImplementedError: the kernel is asked for and cannot serve the call.
     """
     sizes = residency.sizes
     check_int32("seq_lens", seq_lens, (sizes.requests,))
@@ -139,9 +147,21 @@ def plan_swap(
             f"{sizes.device_buffer_size=}, since all of them are in its buffer together; raise "
             "HiSparseConfig.device_buffer_size"
         )
-    sources = residency.host_slots(selected)
-    has_row = (selected >= 0) & (selected < seq_lens[:, None]) & (sources >= 0)
-    wanted = jnp.where(has_row, selected, -1)
+    kernel = takes_kernel(implementation, lambda: swap_reasons(residency, selected.shape[1]))
+    run = plan_by_kernel if kernel else plan_by_xla
+    planned = run(residency, selected, seq_lens)
+    swap = Swap(planned.slots.reshape(positions.shape), planned.sources, planned.targets)
+    return dataclasses.replace(residency, tokens=planned.tokens, lru=planned.lru), swap
+
+
+def plan_by_xla(
+    residency: Residency, positions: Int[Array, "requests n"], seq_lens: Int[Array, " requests"]
+) -> Planned:
+    """`plan_swap` of arguments that were checked."""
+    sizes = residency.sizes
+    sources = residency.host_slots(positions)
+    has_row = (positions >= 0) & (positions < seq_lens[:, None]) & (sources >= 0)
+    wanted = jnp.where(has_row, positions, -1)
     slot = jnp.arange(sizes.buffer_slots, dtype=jnp.int32)
     all_slots = jnp.broadcast_to(slot, residency.tokens.shape)
     owned = residency.buffer_rows_of(all_slots) >= 0
@@ -150,12 +170,8 @@ def plan_swap(
         residency.tokens, residency.lru, owned, wanted, seq_lens
     )
     rows = residency.buffer_rows_of(slots)
-    swap = Swap(
-        rows.reshape(positions.shape),
-        jnp.where(misses, sources, -1),
-        jnp.where(misses, rows, -1),
-    )
-    return dataclasses.replace(residency, tokens=tokens, lru=lru), swap
+    targets = jnp.where(misses, rows, -1)
+    return Planned(tokens, lru, rows, jnp.where(misses, sources, -1), targets)
 
 
 def _swap_one(

@@ -6,7 +6,9 @@ import jax
 from jaxtyping import Array, Int, Int32
 
 from jmla._checks import check_int32
-from jmla.hisparse.host_memory import HostMemory, place_rows, read_rows
+from jmla._mosaic_cache import takes_kernel
+from jmla._mosaic_hisparse import HiSparseImplementation, copy_reasons, copy_rows
+from jmla.hisparse.host_memory import HostMemory, copy_by_xla, zero_host_rows
 from jmla.hisparse.residency import Residency, Swap, plan_swap
 from jmla.hisparse.sizes import HiSparseSizes
 from jmla.layouts.base import KVLayout, Rows, ScaleFormat
@@ -90,6 +92,7 @@ def init_state(
 
     Raises:
         ValueError: the layout is not defined for the rank, or the memory does not exist here.
+        MemoryError: there is not that much host memory.
     """
 
     def rows(num_pages: int) -> Rows:
@@ -107,7 +110,7 @@ def init_state(
         shape = (sizes.num_pages, sizes.page_size)
         index_keys = IndexKeyRows.zeros(shape, dim=index_dim, scale_format=index_scale_format)
     return HiSparseState(
-        place_rows(rows(sizes.num_pages), host_memory),
+        zero_host_rows(rows(0), sizes.num_pages, host_memory),
         rows(sizes.num_buffer_pages),
         Residency.empty(sizes),
         index_keys,
@@ -118,6 +121,8 @@ def swap_in(
     state: HiSparseState,
     positions: Int[Array, "requests *rest"],
     seq_lens: Int[Array, " requests"],
+    *,
+    implementation: HiSparseImplementation | None = None,
 ) -> tuple[HiSparseState, Int32[Array, "requests *rest"]]:
     """Brings the selected rows of every request into its device buffer.
 
@@ -125,6 +130,8 @@ def swap_in(
         state: with the step's tokens appended. Donate it to update the rows in place.
         positions: int32 `[requests, k]` or `[requests, s_q, k]`; see `plan_swap`.
         seq_lens: int32 `[requests]`, the new tokens included; 0 for an idle row.
+        implementation: "mosaic_gpu", two kernels; "xla"; or None for the kernels where they serve
+            the call. Both give the same bits.
 
     Returns:
         The state after the step, and the slots of `state.buffer_rows` to attend to, int32 in the
@@ -132,12 +139,19 @@ def swap_in(
 
     Raises:
         ValueError: see `plan_swap`.
+        NotImplementedError: likewise.
     """
-    residency, swap = plan_swap(state.residency, positions, seq_lens)
-    return replay(state, residency, swap), swap.slots
+    residency, swap = plan_swap(state.residency, positions, seq_lens, implementation=implementation)
+    return replay(state, residency, swap, implementation=implementation), swap.slots
 
 
-def replay(state: HiSparseState, residency: Residency, swap: Swap) -> HiSparseState:
+def replay(
+    state: HiSparseState,
+    residency: Residency,
+    swap: Swap,
+    *,
+    implementation: HiSparseImplementation | None = None,
+) -> HiSparseState:
     """Fetches the rows that `swap` names, in a layer that reuses another layer's selection.
 
     The anchor layer calls `plan_swap` and replays it itself; its followers replay the same. They
@@ -149,17 +163,21 @@ def replay(state: HiSparseState, residency: Residency, swap: Swap) -> HiSparseSt
             share selections have the same pages, admissions, appends and releases.
         residency: what `plan_swap` returned for the anchor.
         swap: likewise.
+        implementation: as in `swap_in`.
 
     Raises:
         ValueError: the residency is of other sizes.
+        NotImplementedError: the kernel is asked for and cannot serve the call.
     """
     if residency.sizes != state.sizes:
         raise ValueError(
             f"{residency.sizes=}: expected {state.sizes}; layers that share a selection have the "
             "same sizes"
         )
-    fetched = read_rows(state.host_rows, swap.sources)
-    buffer_rows = state.buffer_rows.set(swap.targets, fetched)
+    moved = state.host_rows, state.buffer_rows
+    kernel = takes_kernel(implementation, lambda: copy_reasons(*moved))
+    copy = copy_rows if kernel else copy_by_xla
+    buffer_rows = copy(*moved, swap.sources, swap.targets)
     return dataclasses.replace(state, buffer_rows=buffer_rows, residency=residency)
 
 
