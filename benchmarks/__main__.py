@@ -8,6 +8,7 @@ python -m benchmarks select_topk
 python -m benchmarks indexer_logits
 python -m benchmarks decode_step
 python -m benchmarks cache --ops append,requantize
+python -m benchmarks hisparse --ops swap_in
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks import (
     cache_peer,
     decode_step,
     dense_decode,
+    hisparse,
     indexer_logits,
     peers,
     records,
@@ -40,6 +42,7 @@ from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
 from jmla._mosaic_cache import CacheImplementation
+from jmla._mosaic_hisparse import HiSparseImplementation
 from jmla.attention import Implementation
 from jmla.layouts import ScaleFormat
 
@@ -58,6 +61,7 @@ TOPK_CASES = {case.name: case for case in select_topk.CASES}
 LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
 STEP_CASES = {case.name: case for case in decode_step.CASES}
 CACHE_OPS = {case.op: case.op for case in cache.CASES}
+HISPARSE_OPS = {case.op: case.op for case in hisparse.CASES}
 NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
 SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
 
@@ -119,6 +123,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
     op.add_argument("--xla", action="store_true", help="also time the same by XLA")
     _add_common(op, "plain Triton kernels of one program per token; needs PyTorch and Triton")
+    op = ops.add_parser("hisparse", help=hisparse.__doc__)
+    op.add_argument("--ops", default=",".join(HISPARSE_OPS), help="names (default: %(default)s)")
+    op.add_argument(
+        "--implementation", choices=get_args(HiSparseImplementation), default="mosaic_gpu"
+    )
+    _add_common(op, "nothing: there is no peer")
+    op.set_defaults(peer=False)
     return parser.parse_args(arguments)
 
 
@@ -264,6 +275,16 @@ def _cache(options: argparse.Namespace) -> Start:
     return start
 
 
+def _hisparse(options: argparse.Namespace) -> Start:
+    ops = chosen(options.ops, HISPARSE_OPS, "--ops")
+
+    def start(timer, ceilings, environment, failed):
+        bench = hisparse.Bench(timer, ceilings, environment, options.implementation)
+        return bench.run([case for case in hisparse.CASES if case.op in ops], failed=failed)
+
+    return start
+
+
 _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
     "dense_decode": _dense_decode,
@@ -272,6 +293,7 @@ _PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "indexer_logits": _indexer_logits,
     "decode_step": _decode_step,
     "cache": _cache,
+    "hisparse": _hisparse,
 }
 _TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
@@ -281,6 +303,7 @@ _TABLES: dict[str, Callable[[Any], Table]] = {
     "indexer_logits": indexer_logits.table,
     "decode_step": decode_step.table,
     "cache": cache.table,
+    "hisparse": hisparse.table,
 }
 
 
