@@ -6,12 +6,12 @@ import numpy as np
 
 from pallas_kernels.device.boxes import SWIZZLE, Box
 from tests.emulator import arith
-from tests.emulator.copies import CHUNK
 from tests.emulator.faults import Fault
 from tests.emulator.lanes import WARP, IntegerType, Lanes
 from tests.emulator.mlir import Reference
 from tests.emulator.warpgroup import current
 
+CHUNK = 16  # bytes that the swizzle moves together
 _PATTERN = 8  # rows, after which chunks lie in the same order again
 
 
