@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jmla._mosaic_cache import over_axis
+from jmla._mosaic_cache import in_memory_of, over_axis
 from jmla.hisparse.host_memory import read_rows, write_rows
 from jmla.layouts._paged import PagedTokens
 from jmla.layouts.base import TokenRows, page_slots
@@ -79,7 +79,9 @@ def _move(gaining: Any, held: Any, source_pages: Any, target_pages: Any) -> Any:
     else:
         moved = copy_pages(_leaves(held), _leaves(gaining), source_pages, target_pages)
     leaves = iter(moved)
-    return tuple(tokens.map_tokens(lambda _: next(leaves)) for tokens in gaining)
+    return tuple(
+        tokens.map_tokens(lambda leaf: in_memory_of(next(leaves), leaf)) for tokens in gaining
+    )
 
 
 def _leaves(tokens: Tokens) -> list[Array]:

@@ -350,6 +350,27 @@ def test_pages_of_host_memory_move_in_place():
         assert not re.search(r"\bcopy(-start)?\(", compiled.as_text() or "")
 
 
+def test_pages_of_host_memory_move_in_a_loop():
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    cache = cache_of("pow2", pages=8, page_size=64, packed=False, index_format="fp32")
+    outside = jax.device_put(cache, jax.tree.map(lambda _: host, cache))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def shifted(cache: Cache) -> Cache:
+        def step(cache: Cache, page: jax.Array) -> tuple[Cache, None]:
+            return move_pages(cache, page[None], page[None] + 1, implementation="mosaic_gpu"), None
+
+        return jax.lax.scan(step, cache, jnp.arange(7, dtype=jnp.int32))[0]
+
+    moved = shifted(outside)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moved)} == {"pinned_host"}
+    first = jax.tree.map(lambda leaf: np.asarray(leaf)[:1].repeat(8, axis=0), cache)
+    for ours, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(ours).view(np.uint8), np.asarray(wanted).view(np.uint8)
+        )
+
+
 @hypothesis.given(
     name=st.sampled_from(list(FORMATS)),
     n=st.integers(1, 40),
