@@ -85,6 +85,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layout",
+        type=str.lower,
         choices=LAYOUTS,
         help="how the cache stores a token (default: the plan's choice)",
     )

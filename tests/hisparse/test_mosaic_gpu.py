@@ -143,7 +143,9 @@ def test_host_rows_stay_where_they_are(name: str):
     program = jax.jit(steps, donate_argnums=0).lower(state, cache).compile()
     memory = program.memory_analysis()
     assert memory is not None
-    assert memory.host_alias_size_in_bytes >= state.host_bytes
+    # What a format counts as padding is in no array.
+    on_host = sum(leaf.nbytes for leaf in jax.tree.leaves(state.host_rows))
+    assert memory.host_alias_size_in_bytes >= on_host
     assert memory.host_temp_size_in_bytes == 0
     assert memory.temp_size_in_bytes < state.host_bytes // 8
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.host_rows)]
