@@ -34,7 +34,7 @@ def test_the_width_of_a_step_changes_rounding_only(rows_per_step):
     results = []
     for width in (1, rows_per_step):
         loop = functools.partial(
-            xla._attend_loop, page_sizes=(1,), num_splits=1, rows_per_step=width
+            xla._attend_loop, page_sizes=(1,), num_splits=1, rows_per_step=width, window=None
         )
         results.append(jax.jit(loop)(q, [lists], jnp.float32(0.1), None))
     for one, many, tol in zip(*results, (8e-3, 1e-5, 1e-5), strict=True):
