@@ -42,8 +42,8 @@ from benchmarks.floors import measure_ceilings
 from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
 from jmla._mosaic_cache import CacheImplementation
-from jmla._mosaic_hisparse import HiSparseImplementation
 from jmla.attention import Implementation
+from jmla.hisparse import HiSparseImplementation
 from jmla.layouts import ScaleFormat
 
 COPY_BYTES = 1 << 30

@@ -2,7 +2,7 @@
 
 JAX's types tell host memory from device memory and refuse to mix them, so that what touches the
 host's arrays runs as host code, and only the rows asked for cross the link. The Hopper kernels of
-`jmla._mosaic_hisparse` and `jmla._mosaic_cache` do not go that way: to the GPU a pinned array is
+`jmla.hisparse._mosaic` and `jmla._mosaic_cache` do not go that way: to the GPU a pinned array is
 memory like any other.
 """
 
@@ -119,7 +119,7 @@ def write_rows[T: TokenRows](rows: T, slots: Int[Array, "..."], new: T) -> T:
 def copy_by_xla[T: TokenRows](
     source: T, target: T, source_slots: Int[Array, "..."], target_slots: Int[Array, "..."]
 ) -> T:
-    """`jmla._mosaic_hisparse.copy_rows` without a kernel."""
+    """`jmla.hisparse._mosaic.copy_rows` without a kernel."""
     exists = (source_slots >= 0) & (source_slots < source.num_slots)
     return write_rows(target, jnp.where(exists, target_slots, -1), read_rows(source, source_slots))
 

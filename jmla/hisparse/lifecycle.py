@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from jmla._checks import check_int32
 from jmla._mosaic_cache import store, takes_kernel, unsupported_reasons
-from jmla._mosaic_hisparse import HiSparseImplementation, copy_reasons, copy_rows
-from jmla._mosaic_hisparse import place_new as place_by_kernel
 from jmla.cache import Cache
+from jmla.hisparse._mosaic import HiSparseImplementation, copy_reasons, copy_rows
+from jmla.hisparse._mosaic import place_new as place_by_kernel
 from jmla.hisparse.host_memory import copy_by_xla
 from jmla.hisparse.placement import forget, place_new, place_prompt
 from jmla.hisparse.state import HiSparseState

@@ -7,10 +7,11 @@ from jaxtyping import Array, Int, Int32
 
 from jmla._checks import check_int32
 from jmla._mosaic_cache import takes_kernel
-from jmla._mosaic_hisparse import HiSparseImplementation, copy_reasons, copy_rows
+from jmla.hisparse._mosaic import HiSparseImplementation, copy_reasons, copy_rows
 from jmla.hisparse.host_memory import HostMemory, copy_by_xla, zero_host_rows
-from jmla.hisparse.residency import Residency, Swap, plan_swap
+from jmla.hisparse.residency import Residency
 from jmla.hisparse.sizes import HiSparseSizes
+from jmla.hisparse.swap import Swap, plan_swap
 from jmla.layouts.base import KVLayout, Rows, ScaleFormat
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmla.hisparse import HiSparseSizes, Residency
+from jmla.hisparse import HiSparseSizes, Residency, plan_swap
 from jmla.hisparse.placement import place_new
-from jmla.hisparse.residency import plan_swap
 from tests.emulator.kernels import kernels
 from tests.hisparse.residencies import random_residency, random_selection
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmla import _implementation, _mosaic_hisparse
-from jmla.hisparse import HiSparseState, Residency, append, init_state, plan_swap, swap_in
-from jmla.hisparse.residency import plan_by_xla
+from jmla import _implementation
+from jmla.hisparse import HiSparseState, Residency, _mosaic, append, init_state, plan_swap, swap_in
+from jmla.hisparse.lru import plan_by_xla
 from tests.hisparse.residencies import random_residency, random_selection
 from tests.hisparse.test_lifecycle import SIZES
 from tests.layouts.cases import FORMATS, assert_same_rows, small_rows
@@ -45,10 +45,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(kernels, "copy_rows", copy)
     # Functions of their own: traces of another test call other stand-ins.
     for name in ("_plan", "_copy"):
-        old = getattr(_mosaic_hisparse, name)
+        old = getattr(_mosaic, name)
         fresh = jax.custom_batching.custom_vmap(lambda *given, old=old: old.fun(*given))
         fresh.def_vmap(old.vmap_rule)
-        monkeypatch.setattr(_mosaic_hisparse, f"_compiled{name}", jax.jit(fresh))
+        monkeypatch.setattr(_mosaic, f"_compiled{name}", jax.jit(fresh))
     return seen
 
 

@@ -5,32 +5,23 @@ importing the rest of jmla.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Int, Int32
 
 from jmla._mosaic_cache import in_memory_of, over_axis
+from jmla.hisparse.host_memory import copy_by_xla
+from jmla.hisparse.lru import Planned, plan_by_xla
+from jmla.hisparse.placement import place_new as place_by_xla
+from jmla.hisparse.residency import Residency
 from jmla.layouts.base import TokenRows
-
-if TYPE_CHECKING:
-    from jmla.hisparse.residency import Residency
 
 HiSparseImplementation = Literal["mosaic_gpu", "xla"]
 """The code that swaps and moves rows; None in its place means the best that serves the call."""
 
 
-class Planned(NamedTuple):
-    """The arrays of a residency after a swap and of the swap, all int32 with a row per request."""
-
-    tokens: Int32[Array, "requests slots"]
-    lru: Int32[Array, "requests size"]
-    slots: Int32[Array, "requests n"]
-    sources: Int32[Array, "requests n"]
-    targets: Int32[Array, "requests n"]
-
-
-def swap_reasons(residency: "Residency", positions: int) -> list[str]:
+def swap_reasons(residency: Residency, positions: int) -> list[str]:
     """Why the kernel cannot swap in that many positions of each request; none if it can."""
     from pallas_kernels import hot_buffer
 
@@ -38,7 +29,7 @@ def swap_reasons(residency: "Residency", positions: int) -> list[str]:
 
 
 def plan_swap(
-    residency: "Residency", positions: Int[Array, "requests n"], seq_lens: Int[Array, " requests"]
+    residency: Residency, positions: Int[Array, "requests n"], seq_lens: Int[Array, " requests"]
 ) -> Planned:
     """The LRU rule of `jmla.hisparse.plan_swap`, of what `swap_reasons` has nothing against.
 
@@ -48,8 +39,8 @@ def plan_swap(
 
 
 def place_new(
-    residency: "Residency", seq_lens: Int[Array, " requests"], count: int
-) -> tuple["Residency", Int32[Array, "requests count"], Int32[Array, "requests count"]]:
+    residency: Residency, seq_lens: Int[Array, " requests"], count: int
+) -> tuple[Residency, Int32[Array, "requests count"], Int32[Array, "requests count"]]:
     """`jmla.hisparse.placement.place_new`; under vmap by XLA."""
     tokens, host_slots, rows = _compiled_place(residency, seq_lens, count)
     return dataclasses.replace(residency, tokens=tokens), host_slots, rows
@@ -98,8 +89,6 @@ def _plan(residency: Any, positions: Any, seq_lens: Any) -> Planned:
 
 @_plan.def_vmap
 def _plan_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-    from jmla.hisparse.residency import plan_by_xla
-
     return over_axis(plan_by_xla, axis_size, in_batched, arguments)
 
 
@@ -119,10 +108,8 @@ def _place(residency: Any, seq_lens: Any, count: int) -> Any:
 
     @place.def_vmap
     def over(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-        from jmla.hisparse.placement import place_new
-
         def by_xla(residency: Any, seq_lens: Any) -> Any:
-            after, *rows = place_new(residency, seq_lens, count)
+            after, *rows = place_by_xla(residency, seq_lens, count)
             return (after.tokens, *rows)
 
         return over_axis(by_xla, axis_size, in_batched, arguments)
@@ -149,8 +136,6 @@ def _copy(source: Any, target: Any, source_slots: Any, target_slots: Any) -> Any
 
 @_copy.def_vmap
 def _copy_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-    from jmla.hisparse.host_memory import copy_by_xla
-
     return over_axis(copy_by_xla, axis_size, in_batched, arguments)
 
 
@@ -160,7 +145,7 @@ _compiled_copy = jax.jit(_copy)
 _compiled_place = jax.jit(_place, static_argnums=2)
 
 
-def _shape(residency: "Residency", positions: int) -> Any:
+def _shape(residency: Residency, positions: int) -> Any:
     from pallas_kernels import hot_buffer
 
     sizes = residency.sizes
