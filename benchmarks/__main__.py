@@ -11,307 +11,29 @@ python -m benchmarks cache --ops append,requantize
 python -m benchmarks hisparse --ops swap_in
 """
 
-import argparse
 import gc
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import (
-    cache,
-    cache_peer,
-    decode_step,
-    dense_decode,
-    hisparse,
-    indexer_logits,
-    peers,
-    records,
-    select_topk,
-    sparse_decode,
-    sparse_prefill,
-)
-from benchmarks.deep_gemm import DeepGEMM
+from benchmarks import ops, records
 from benchmarks.floors import measure_ceilings
-from benchmarks.inputs import IN_PLACE, LAYOUTS
 from benchmarks.timing import TIMERS, MeasurementError
-from jmla._mosaic_cache import CacheImplementation
-from jmla.attention import Implementation
-from jmla.hisparse import HiSparseImplementation
-from jmla.layouts import ScaleFormat
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
 TABLE_WIDTH = 180
-SIZES = sparse_decode.Sizes()
-
-# Measures cases, with a timer, ceilings, an environment and what to do with one that fails.
-Start = Callable[..., Iterator[Any]]
-
-CASES = {case.name: case for case in sparse_decode.CASES}
-DENSE_CASES = {case.name: case for case in dense_decode.CASES}
-PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
-TOPK_CASES = {case.name: case for case in select_topk.CASES}
-LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
-STEP_CASES = {case.name: case for case in decode_step.CASES}
-CACHE_OPS = {case.op: case.op for case in cache.CASES}
-HISPARSE_OPS = {case.op: case.op for case in hisparse.CASES}
-NAMES = {name: name for name in (*LAYOUTS, *IN_PLACE)}
-SCALE_FORMATS: dict[str, ScaleFormat] = {name: name for name in get_args(ScaleFormat)}
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    ops = parser.add_subparsers(dest="op", required=True)
-    op = ops.add_parser("sparse_decode", help=sparse_decode.__doc__)
-    op.add_argument("--cases", default=",".join(CASES), help="names (default: %(default)s)")
-    op.add_argument(
-        "--layouts",
-        default="656",
-        help=f"of {','.join(NAMES)} (default: %(default)s, the one that the peer reads)",
-    )
-    op.add_argument(
-        "--scale-formats",
-        default=",".join(SCALE_FORMATS),
-        help="of layouts 656 and 656-packed (default: %(default)s)",
-    )
-    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
-    _add_common(op, "FlashMLA over these; needs PyTorch and sgl-flash-mla")
-    op = ops.add_parser("dense_decode", help=dense_decode.__doc__)
-    op.add_argument("--cases", default=",".join(DENSE_CASES), help="names (default: %(default)s)")
-    op.add_argument(
-        "--layouts",
-        default="bf16",
-        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
-    )
-    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
-    _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
-    op = ops.add_parser("sparse_prefill", help=sparse_prefill.__doc__)
-    op.add_argument("--cases", default=",".join(PREFILL_CASES), help="names (default: %(default)s)")
-    op.add_argument(
-        "--layouts",
-        default="bf16",
-        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
-    )
-    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
-    _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
-    op = ops.add_parser("select_topk", help=select_topk.__doc__)
-    op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
-    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
-    _add_common(op, "SGLang's fast_topk; needs PyTorch and sglang-kernel's library")
-    op = ops.add_parser("indexer_logits", help=indexer_logits.__doc__)
-    op.add_argument("--cases", default=",".join(LOGITS_CASES), help="names (default: %(default)s)")
-    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
-    _add_common(op, "DeepGEMM; needs PyTorch, sgl-deep-gemm and CUDA's compiler")
-    op = ops.add_parser("decode_step", help=decode_step.__doc__)
-    op.add_argument("--cases", default=",".join(STEP_CASES), help="names (default: %(default)s)")
-    op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
-    _add_common(op, "DeepGEMM, SGLang's selection and FlashMLA, which need PyTorch")
-    op = ops.add_parser("cache", help=cache.__doc__)
-    op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
-    op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
-    op.add_argument("--xla", action="store_true", help="also time the same by XLA")
-    _add_common(op, "plain Triton kernels of one program per token; needs PyTorch and Triton")
-    op = ops.add_parser("hisparse", help=hisparse.__doc__)
-    op.add_argument("--ops", default=",".join(HISPARSE_OPS), help="names (default: %(default)s)")
-    op.add_argument(
-        "--implementation", choices=get_args(HiSparseImplementation), default="mosaic_gpu"
-    )
-    _add_common(op, "nothing: there is no peer")
-    op.set_defaults(peer=False)
-    return parser.parse_args(arguments)
-
-
-def _add_common(op: argparse.ArgumentParser, peer: str) -> None:
-    op.add_argument(
-        "--peer", action=argparse.BooleanOptionalAction, default=True, help=f"also time {peer}"
-    )
-    op.add_argument(
-        "--timer",
-        choices=TIMERS,
-        default="cupti",
-        help="cupti: sum of the kernels of a call; trace: from its first start to its last end; "
-        "wall: the host's clock (default: %(default)s)",
-    )
-    op.add_argument("--out", type=Path, help="JSON lines to append to (default: one file per GPU)")
-    op.add_argument("--commit", help="of the code (default: what git says)")
-
-
-def chosen[T](names: str, of: dict[str, T], option: str) -> list[T]:
-    """The values of a comma-separated list of names.
-
-    Raises:
-        ValueError: a name is unknown, or none is given.
-    """
-    listed = [name for name in names.split(",") if name]
-    unknown = [name for name in listed if name not in of]
-    if unknown or not listed:
-        raise ValueError(f"{option}: got {names!r}, expected names of {', '.join(of)}")
-    return [of[name] for name in listed]
-
-
-def _sparse_decode(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, CASES, "--cases")
-    layouts = chosen(options.layouts, NAMES, "--layouts")
-    scale_formats = chosen(options.scale_formats, SCALE_FORMATS, "--scale-formats")
-    measured = sparse_decode.caches(layouts, scale_formats)
-    if options.peer and any(cache.has_peer for cache in measured):
-        peers.check()
-
-    def start(timer, ceilings, environment, failed):
-        bench = sparse_decode.Bench(
-            timer,
-            ceilings,
-            environment,
-            options.implementation,
-            with_peer=options.peer,
-            sizes=SIZES,
-        )
-        return bench.run(cases, measured, failed=failed)
-
-    return start
-
-
-def _dense_decode(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, DENSE_CASES, "--cases")
-    layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
-    if options.peer and "bf16" in layouts:
-        peers.check()
-
-    def start(timer, ceilings, environment, failed):
-        bench = dense_decode.Bench(
-            timer, ceilings, environment, options.implementation, with_peer=options.peer
-        )
-        return bench.run(cases, layouts, failed=failed)
-
-    return start
-
-
-def _sparse_prefill(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, PREFILL_CASES, "--cases")
-    layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
-    if options.peer and "bf16" in layouts:
-        peers.check()
-
-    def start(timer, ceilings, environment, failed):
-        bench = sparse_prefill.Bench(
-            timer, ceilings, environment, options.implementation, with_peer=options.peer
-        )
-        return bench.run(cases, layouts, failed=failed)
-
-    return start
-
-
-def _select_topk(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, TOPK_CASES, "--cases")
-    if options.peer:
-        select_topk.FastTopk.load()
-
-    def start(timer, ceilings, environment, failed):
-        bench = select_topk.Bench(
-            timer, ceilings, environment, options.implementation, with_peer=options.peer
-        )
-        return bench.run(cases, failed=failed)
-
-    return start
-
-
-def _indexer_logits(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, LOGITS_CASES, "--cases")
-    if options.peer and any(case.has_peer for case in cases):
-        DeepGEMM.load()
-
-    def start(timer, ceilings, environment, failed):
-        bench = indexer_logits.Bench(
-            timer, ceilings, environment, options.implementation, with_peer=options.peer
-        )
-        return bench.run(cases, failed=failed)
-
-    return start
-
-
-def _decode_step(options: argparse.Namespace) -> Start:
-    cases = chosen(options.cases, STEP_CASES, "--cases")
-    if options.peer:
-        DeepGEMM.load()
-        peers.check()
-
-    def start(timer, ceilings, environment, failed):
-        bench = decode_step.Bench(
-            timer, ceilings, environment, options.implementation, with_peer=options.peer
-        )
-        return bench.run(cases, failed=failed)
-
-    return start
-
-
-def _cache(options: argparse.Namespace) -> Start:
-    ops = chosen(options.ops, CACHE_OPS, "--ops")
-    if options.peer:
-        cache_peer.check()
-
-    def start(timer, ceilings, environment, failed):
-        bench = cache.Bench(
-            timer,
-            ceilings,
-            environment,
-            options.implementation,
-            with_peer=options.peer,
-            with_xla=options.xla,
-        )
-        return bench.run([case for case in cache.CASES if case.op in ops], failed=failed)
-
-    return start
-
-
-def _hisparse(options: argparse.Namespace) -> Start:
-    ops = chosen(options.ops, HISPARSE_OPS, "--ops")
-
-    def start(timer, ceilings, environment, failed):
-        bench = hisparse.Bench(timer, ceilings, environment, options.implementation)
-        return bench.run([case for case in hisparse.CASES if case.op in ops], failed=failed)
-
-    return start
-
-
-_PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
-    "sparse_decode": _sparse_decode,
-    "dense_decode": _dense_decode,
-    "sparse_prefill": _sparse_prefill,
-    "select_topk": _select_topk,
-    "indexer_logits": _indexer_logits,
-    "decode_step": _decode_step,
-    "cache": _cache,
-    "hisparse": _hisparse,
-}
-_TABLES: dict[str, Callable[[Any], Table]] = {
-    "sparse_decode": records.table,
-    "dense_decode": records.table,
-    "sparse_prefill": records.table,
-    "select_topk": select_topk.table,
-    "indexer_logits": indexer_logits.table,
-    "decode_step": decode_step.table,
-    "cache": cache.table,
-    "hisparse": hisparse.table,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, append; 1 if a case has no result because measuring it failed."""
     # PyTorch and CuPy need memory beside JAX, which takes 75 % of the GPU's when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
-    options = parse_arguments(arguments)
+    options = ops.parse_arguments(__doc__ or "", arguments)
     # In a file a table does not fold to a terminal's width.
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     log = Console(stderr=True, soft_wrap=True)
@@ -329,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.print(f"{name}: {text}", markup=False, highlight=False)
 
     try:
-        start = _PREPARED[options.op](options)
+        start = ops.PREPARED[options.op](options)
         timer = TIMERS[options.timer]()
         if options.timer != "wall" and jax.default_backend() != "gpu":
             raise ValueError(
@@ -353,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         done.append(record)
         log.print(record.to_json(), markup=False, highlight=False)
     if done:
-        console.print(_TABLES[options.op](done))
+        console.print(ops.TABLES[options.op](done))
         log.print(f"appended {len(done)} lines to {path}", markup=False)
     if broken:
         log.print(f"not measured: {', '.join(broken)}", markup=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import ops
 from benchmarks.decode_step import Case
 from tests.benchmarks.test_sparse_decode import KEYS, TIMER
 
@@ -15,7 +16,7 @@ TINY = Case(b=2, s_kv=128, heads=2, index_heads=2, topk=9)
 def test_the_command_writes_what_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "STEP_CASES", {TINY.name: TINY})
+    monkeypatch.setattr(ops, "STEP_CASES", {TINY.name: TINY})
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})

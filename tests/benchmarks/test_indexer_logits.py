@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import indexer_logits
+from benchmarks import indexer_logits, ops
 from benchmarks.indexer_logits import CASES, Case
 from tests.benchmarks.test_sparse_decode import KEYS, TIMER
 
@@ -33,7 +33,7 @@ def test_work_of_a_prompt_is_what_its_tokens_see():
 def test_the_command_writes_what_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "LOGITS_CASES", {case.name: case for case in TINY})
+    monkeypatch.setattr(ops, "LOGITS_CASES", {case.name: case for case in TINY})
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import select_topk
+from benchmarks import ops, select_topk
 from benchmarks.select_topk import CASES, Case, draw
 from tests.benchmarks.test_sparse_decode import KEYS, TIMER
 
@@ -40,7 +40,7 @@ def test_the_share_that_a_selection_misses():
 def test_the_command_writes_what_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "TOPK_CASES", {TINY.name: TINY})
+    monkeypatch.setattr(ops, "TOPK_CASES", {TINY.name: TINY})
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})

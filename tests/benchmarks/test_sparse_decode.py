@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import records
+from benchmarks import ops, records
 from benchmarks.floors import Ceilings, Gather, floor_us, measure_ceilings
 from benchmarks.inputs import RUN, random_cache, random_slots
 from benchmarks.peers import padded_heads
@@ -243,11 +243,11 @@ def test_a_device_timer_needs_a_device(capsys: pytest.CaptureFixture[str]):
 def test_the_command_writes_what_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "CASES", {TINY.name: TINY})
+    monkeypatch.setattr(ops, "CASES", {TINY.name: TINY})
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})
-    monkeypatch.setattr(command, "SIZES", SIZES)
+    monkeypatch.setattr(ops, "SIZES", SIZES)
     path = tmp_path / "results.jsonl"
     arguments = f"sparse_decode --timer wall --implementation xla --layouts bf16 --out {path}"
     assert command.main(arguments.split()) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import records
+from benchmarks import ops, records
 from benchmarks.floors import Ceilings
 from benchmarks.sparse_prefill import CASES, Bench, Case, _inputs
 from benchmarks.timing import WallTimer
@@ -52,7 +52,7 @@ def test_unknown_names_are_refused(option: str, capsys: pytest.CaptureFixture[st
 def test_the_command_writes_what_it_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "PREFILL_CASES", {TINY.name: TINY})
+    monkeypatch.setattr(ops, "PREFILL_CASES", {TINY.name: TINY})
     monkeypatch.setattr(command, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(command, "MATMUL_SIZE", 64)
     monkeypatch.setattr(command, "TIMERS", {"wall": lambda: TIMER})
