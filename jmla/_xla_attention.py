@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int
 
+from jmla._running_softmax import RunningSoftmax, finite_top
 from jmla.layouts.base import Rows
 from jmla.layouts.bf16 import BF16Rows
 from jmla.reference import apply_sink, causal_lengths
@@ -69,14 +70,6 @@ def slot_list(
         lengths = jnp.broadcast_to(topk_length.reshape(topk_length.shape + (1,) * missing), batch)
     n = math.prod(batch)
     return KeyLists(rows, indices.reshape(n, topk), lengths.reshape(n, 1))
-
-
-class _Softmax(NamedTuple):
-    """A softmax over some keys, not yet divided by its sum of weights."""
-
-    out: Float[Array, "*rows width"]
-    top: Float[Array, "*rows"]
-    total: Float[Array, "*rows"]
 
 
 @functools.partial(
@@ -264,7 +257,7 @@ def _attend_step(
     scale: Float[Array, ""],
     num_splits: int,
     window: int | None,
-) -> _Softmax:
+) -> RunningSoftmax:
     """The softmax of one step's rows, with axes (tokens and head blocks, c, head, width)."""
     c, tokens, heads, width = q.shape
     head_blocks = math.ceil(heads / HEAD_BLOCK)
@@ -281,7 +274,7 @@ def _attend_step(
             _attend_block, q, store, pages, block_lengths, page_size, block_size, scale, window
         )
         first = attend_block(jnp.int32(0))
-        softmax = first if softmax is None else _join(softmax, first)
+        softmax = first if softmax is None else softmax.joined_with(first)
         if blocks > 1:
             starts = jnp.arange(1, blocks, dtype=jnp.int32) * block_size
             softmax, _ = lax.scan(functools.partial(_join_block, attend_block), softmax, starts)
@@ -299,7 +292,7 @@ def _attend_block(
     scale: Float[Array, ""],
     window: int | None,
     start: Int[Array, ""],
-) -> _Softmax:
+) -> RunningSoftmax:
     """The softmax of every row over the keys `start` to `start + block_size` of its list."""
     places = start + jnp.arange(block_size, dtype=jnp.int32)
     page = pages.at[:, places // page_size].get(
@@ -314,7 +307,7 @@ def _attend_block(
 
     def attend_heads(
         operands: tuple[BFloat16[Array, "c head width"], Int[Array, " c"]],
-    ) -> _Softmax:
+    ) -> RunningSoftmax:
         q, lengths = operands
         valid = named & (places[None, :] < lengths[:, None])
         if window is not None:
@@ -322,40 +315,26 @@ def _attend_block(
         logits = jnp.einsum("chw,ckw->chk", q, keys, preferred_element_type=jnp.float32) * scale
         logits = jnp.where(valid[:, None, :], logits, -jnp.inf)
         top = jnp.max(logits, axis=-1)
-        weights = jnp.exp(logits - _finite_top(top)[..., None])
+        weights = jnp.exp(logits - finite_top(top)[..., None])
         # All of the row: cutting the values out of it would copy the gathered keys.
         out = jnp.einsum(
             "chk,ckw->chw", weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32
         )
-        return _Softmax(out, top, jnp.sum(weights, axis=-1))
+        return RunningSoftmax(out, top, jnp.sum(weights, axis=-1))
 
     return lax.map(attend_heads, (q, lengths))
 
 
 def _join_block(
-    attend_block: Callable[[Int[Array, ""]], _Softmax], carry: _Softmax, start: Int[Array, ""]
-) -> tuple[_Softmax, None]:
-    return _join(carry, attend_block(start)), None
-
-
-def _finite_top(top: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """`top`, or 0 where nothing was attended to and subtracting -inf would give NaN."""
-    return jnp.where(jnp.isneginf(top), 0.0, top)
-
-
-def _join(a: _Softmax, b: _Softmax) -> _Softmax:
-    """The softmax over the keys of both; joining an empty one changes no bit."""
-    top = jnp.maximum(a.top, b.top)
-    keep_a, keep_b = (jnp.exp(x.top - _finite_top(top)) for x in (a, b))
-    return _Softmax(
-        a.out * keep_a[..., None] + b.out * keep_b[..., None],
-        top,
-        a.total * keep_a + b.total * keep_b,
-    )
+    attend_block: Callable[[Int[Array, ""]], RunningSoftmax],
+    carry: RunningSoftmax,
+    start: Int[Array, ""],
+) -> tuple[RunningSoftmax, None]:
+    return carry.joined_with(attend_block(start)), None
 
 
 def _finish(
-    softmax: _Softmax, q_shape: tuple[int, int, int, int], value_dim: int
+    softmax: RunningSoftmax, q_shape: tuple[int, int, int, int], value_dim: int
 ) -> tuple[
     Float[Array, "c tokens h value"], Float[Array, "c tokens h"], Float[Array, "c tokens h"]
 ]:
