@@ -25,7 +25,7 @@ def program(row_format: RowFormat, heads: int, keys: KeySource | None = None) ->
 
     Without `keys` each query has a list of them.
     """
-    # Rows without block scales are converted as fast as the other block's would come.
+    # Rows without block scales, which are less to convert, were no faster in pairs.
     paired = row_format.block_scales and math.ceil(heads / WIDE_HEADS) % PAIR == 0
     # Fewer for values, and the compiler runs their products one at a time.
     for_values = 160
