@@ -59,7 +59,8 @@ class Record:
         floor_us: of a copy of as many bytes; for gather, of reading the rows at random and of
             writing the result at the rate of a copy; for move_out and move_in, of a transfer of as
             many bytes by `jax.device_put`, by the host's clock.
-        peer_us: time of the peer, or None if there is none.
+        peer: its name, or None if there is none.
+        peer_us: its time.
         peer_error: the part of its bytes that are not ours, or None.
     """
 
@@ -67,6 +68,7 @@ class Record:
     case: str
     implementation: str
     ours_us: float
+    peer: str | None
     peer_us: float | None
     peer_error: float | None
     xla_us: float | None
@@ -83,7 +85,6 @@ class Record:
         """One line, floats to five digits, with the keys that all benchmarks have."""
         fields = dataclasses.asdict(self)
         fields |= fields.pop("environment")
-        fields |= {"peer": cache_peer.NAME if self.peer_us else None}
         # Results are the same bytes as the reference's, as the tests see.
         fields |= {"flops": 0, "error": 0.0}
         return json.dumps(
@@ -148,6 +149,7 @@ class Bench:
             case=case.name,
             implementation=self.implementation,
             ours_us=ours_us,
+            peer=None if peer is None else peer.name,
             peer_us=peer_us,
             peer_error=peer_error,
             xla_us=xla_us,
@@ -184,19 +186,25 @@ class Bench:
         )
 
 
+def _names(records: Sequence[Record]) -> str:
+    return "; ".join(sorted({record.peer for record in records if record.peer})) or "none"
+
+
 def table(records: Sequence[Record]) -> Table:
     """The records as a table for a terminal."""
     first = records[0]
     made = Table(
         title=f"cache, {first.environment.gpu}, µs ({first.method})",
-        caption=f"copy {first.copy_gbps:.0f} GB/s; peer: {cache_peer.NAME}",
+        caption=f"copy {first.copy_gbps:.0f} GB/s; peers: {_names(records)}",
     )
     made.add_column("case", overflow="fold")
+    made.add_column("peer's name")
     for name in ("ours", "peer", "xla", "floor", "GB/s", "of a copy", "first call s"):
         made.add_column(name, justify="right")
     for record in records:
         made.add_row(
             f"{record.op} {record.case}",
+            (record.peer or "-").split(",")[0],
             f"{record.ours_us:.1f}",
             *("-" if us is None else f"{us:.1f}" for us in (record.peer_us, record.xla_us)),
             f"{record.floor_us:.1f}",

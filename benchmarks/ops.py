@@ -101,7 +101,11 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
     op.add_argument("--xla", action="store_true", help="also time the same by XLA")
-    _add_common(op, "plain Triton kernels of one program per token; needs PyTorch and Triton")
+    _add_common(
+        op,
+        "the Triton kernels of SGLang that `SGLANG_TRITON` names, and elsewhere plain ones of one "
+        "program per token; needs PyTorch and Triton",
+    )
     op = ops.add_parser("hisparse", help=hisparse.__doc__)
     op.add_argument("--ops", default=",".join(HISPARSE_OPS), help="names (default: %(default)s)")
     op.add_argument(
