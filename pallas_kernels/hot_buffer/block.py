@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from pallas_kernels.device.memory import load_global, load_shared, store_global
-from pallas_kernels.device.simt import Value, i32, i64, minimum, select, when
+from pallas_kernels.device.simt import Value, i32, i64, loop, minimum, select, when
 from pallas_kernels.device.sync import named_barrier
 from pallas_kernels.hot_buffer.shape import Shape
 
 BARRIER = 8  # its number; Mosaic's are below
+FEW = 4  # items of a thread that its registers hold from one barrier to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Block:
     def own(self, count: int) -> "Own":
         """This thread's share of `count` items: consecutive ones, in the order of the threads."""
         each = -(-count // self.threads)
-        return Own(self.thread * each, each, count, self.threads)
+        if each > FEW:
+            each = -(-each // FEW) * FEW
+        # Rows of words begin at multiples of as many.
+        width = next(w for w in (4, 2, 1) if each % w == 0 and count % w == 0)
+        return Own(self.thread * each, each, count, each * self.threads == count, width)
 
     def every(self, count: int, body: Callable[[Value], None]) -> None:
         """`body` of each of `count` items, by one thread each: neighbours by neighbours."""
@@ -88,29 +93,39 @@ class Own:
 
     Attributes:
         first: the first item.
-        each: items of a thread.
-        count: of all threads.
-        threads: how many.
+        each: how many.
+        count: items that there are, of all threads.
+        even: whether every thread has as many.
+        width: words that one access takes.
     """
 
     first: Value
     each: int
     count: int
-    threads: int
+    even: bool
+    width: int
 
     @property
     def items(self) -> list[Value]:
         """Their numbers."""
         return [self.first + i for i in range(self.each)]
 
-    @property
-    def _even(self) -> bool:
-        return self.each * self.threads == self.count
+    def in_pieces(
+        self, carry: Sequence[Value], body: Callable[..., Sequence[Value]]
+    ) -> Sequence[Value]:
+        """`carry = body(piece, before, *carry)` of at most `FEW` items each; `before` it are some.
 
-    @property
-    def _width(self) -> int:
-        """Words that one access takes: rows begin at multiples of as many."""
-        return next(w for w in (4, 2, 1) if self.each % w == 0 and self.count % w == 0)
+        One piece is no loop.
+        """
+        if self.each <= FEW:
+            return body(self, i32(0), *carry)
+
+        def one(nth: Value, *carry: Value) -> Sequence[Value]:
+            before = nth * FEW
+            piece = dataclasses.replace(self, first=self.first + before, each=FEW)
+            return body(piece, before, *carry)
+
+        return loop(0, i32(self.each // FEW), carry, one)
 
     def exists(self, item: Value) -> Value:
         """Whether there is such an item."""
@@ -118,28 +133,27 @@ class Own:
 
     def load(self, row: Value, outside: int, cache: str = ".nc") -> list[Value]:
         """The words of the items; `outside` where there is none."""
-        width = self._width
         words = []
-        for i in range(0, self.each, width):
+        for i in range(0, self.each, self.width):
             place = self.first + i
             # All of an access exists, or nothing of it.
-            safe = place if self._even else minimum(place, self.count - width)
-            loaded = load_global(row + safe.wide() * 4, "r" * width, cache=cache)
-            if not self._even:
-                loaded = [select(place < self.count, word, i32(outside)) for word in loaded]
+            safe = place if self.even else minimum(place, self.count - self.width)
+            loaded = load_global(row + safe.wide() * 4, "r" * self.width, cache=cache)
+            if not self.even:
+                exists = place < self.count
+                loaded = [select(exists, word, i32(outside)) for word in loaded]
             words += loaded
         return words
 
     def store(self, row: Value, words: Sequence[Value]) -> None:
         """Stores a word for each item that exists."""
-        width = self._width
-        for i in range(0, self.each, width):
-            place, some = self.first + i, list(words[i : i + width])
+        for i in range(0, self.each, self.width):
+            place, some = self.first + i, list(words[i : i + self.width])
 
             def put(place: Value = place, some: list[Value] = some) -> None:
                 store_global(row + place.wide() * 4, some)
 
-            if self._even:
+            if self.even:
                 put()
             else:
                 when(place < self.count, put)

@@ -1,5 +1,6 @@
 """The swap of one request: which slot each position gets, what is fetched, the new LRU order."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pallas_kernels.device.memory import (
@@ -22,25 +23,36 @@ from pallas_kernels.device.simt import (
     sum_of_warp,
     when,
 )
-from pallas_kernels.hot_buffer.block import Block
+from pallas_kernels.hot_buffer.block import FEW, Block, Own
 from pallas_kernels.hot_buffer.position_set import PositionSet
 
 _LOW = (1 << 16) - 1  # of two counts that share a word
-_FEW = 4  # items of a thread
 
 
 def plan_request(block: Block) -> None:
     """The swap of the block's request; an idle one asks for nothing."""
     shape, shared = block.shape, block.shared
     asked, order = block.own(shape.positions), block.own(shape.size)
-    # A thread that has many items loads some again: there are no registers to keep them in.
-    crowded = max(asked.each, order.each) > _FEW
+    # A thread that has many items loads them again: it has no registers to keep them in.
+    keep = max(asked.each, order.each) <= FEW
     (length,) = load_global(block.arrays["seq_lens"] + block.request.wide() * 4, "r")
-    positions = asked.load(block.row("positions", shape.positions), -1)
     lru = block.row("lru", shape.size)
-    slots = order.load(lru, 0, cache="") if not crowded else []
-    sources = [_host_row(block, position, length) for position in positions]
 
+    @partial(_recalled, keep)
+    def positions_of(piece: Own) -> list[Value]:
+        return piece.load(block.row("positions", shape.positions), -1)
+
+    @partial(_recalled, keep)
+    def slots_of(piece: Own) -> list[Value]:
+        return piece.load(lru, 0, cache="")
+
+    @partial(_recalled, keep)
+    def sources_of(piece: Own) -> list[Value]:
+        return [_host_row(block, position, length) for position in positions_of(piece)]
+
+    if keep:
+        # Under way while the set is cleared.
+        _ = slots_of(order), sources_of(asked)
     chosen = PositionSet(
         shared["bits"],
         shared["counts"],
@@ -52,50 +64,70 @@ def plan_request(block: Block) -> None:
     chosen.clear()
     _load_buffer(block)
     block.sync()
-    for position, source in zip(positions, sources, strict=True):
-        chosen.add(position, source > -1)
+
+    def choose(piece: Own, _: Value) -> Sequence[Value]:
+        for position, source in zip(positions_of(piece), sources_of(piece), strict=True):
+            chosen.add(position, source > -1)
+        return []
+
+    asked.in_pieces([], choose)
     block.sync()
     total, counts = chosen.sizes()
     (before,), _ = sums_before([total], block.thread, block.threads, shared["header"], block.sync)
     chosen.store_counts(before, counts)
     block.sync()
 
-    positions = _fresh(positions)
+    @partial(_recalled, keep)
+    def ranks_of(piece: Own) -> list[Value]:
+        return [chosen.rank(position) for position in positions_of(piece)]
+
+    @partial(_recalled, keep)
+    def held_of(piece: Own) -> list[Value]:
+        return [_held(block, chosen, slot) for slot in slots_of(piece)]
+
     # By rank: a slot that holds the position, plus one, and its first occurrence, from the end.
-    ranks = [
-        select(source > -1, chosen.rank(position), i32(-1))
-        for position, source in zip(positions, sources, strict=True)
-    ]
-    for item, rank in zip(asked.items, ranks, strict=True):
-        place = shared["first"] + rank * 4
-        when(rank > -1, partial(maximum_shared, place, i32(shape.positions) - item))
-    if crowded:
-        slots = order.load(lru, 0, cache="")
-    held = [_held(block, chosen, slot) for slot in slots]
-    for slot, rank in zip(slots, held, strict=True):
-        _claim(block, slot, rank)
+    def claim_first(piece: Own, _: Value) -> Sequence[Value]:
+        for item, rank in zip(piece.items, ranks_of(piece), strict=True):
+            place = shared["first"] + rank * 4
+            when(rank > -1, partial(maximum_shared, place, i32(shape.positions) - item))
+        return []
+
+    def claim_slots(piece: Own, _: Value) -> Sequence[Value]:
+        for slot, rank in zip(slots_of(piece), held_of(piece), strict=True):
+            _claim(block, slot, rank)
+        return []
+
+    asked.in_pieces([], claim_first)
+    order.in_pieces([], claim_slots)
     block.every(
         shape.newest,
         lambda i: _claim(block, i + shape.size, _held(block, chosen, i + shape.size)),
     )
     block.sync()
 
-    ranks, slots, held = _fresh(ranks), _fresh(slots), _fresh(held)
-    if crowded:
-        positions = asked.load(block.row("positions", shape.positions), -1)
-    misses, apart = i32(0), i32(0)
-    for i, (item, position, rank) in enumerate(zip(asked.items, positions, ranks, strict=True)):
-        slot, first = (_of_rank(block, name, rank) for name in ("slot_of", "first"))
-        is_first = first.equals(i32(shape.positions) - item)
-        misses = misses | (bool_to_int((rank > -1) & slot.equals(0) & is_first) << i)
-        apart = apart | (bool_to_int((rank > -1) & (slot.equals(position + 1) ^ 1)) << i)
-    hits, evictable = i32(0), i32(0)
-    for i, (item, slot, rank) in enumerate(zip(order.items, slots, held, strict=True)):
-        claimed = _of_rank(block, "slot_of", rank)
-        hit = order.exists(item) & (rank > -1) & claimed.equals(slot + 1)
-        owned = block.buffer_row(slot) > -1
-        hits = hits | (bool_to_int(hit) << i)
-        evictable = evictable | (bool_to_int(order.exists(item) & owned & (hit ^ 1)) << i)
+    def find_misses(piece: Own, nth: Value, misses: Value, apart: Value) -> Sequence[Value]:
+        of_piece = zip(piece.items, positions_of(piece), ranks_of(piece), strict=True)
+        for i, (item, position, rank) in enumerate(of_piece):
+            slot, first = (_of_rank(block, name, rank) for name in ("slot_of", "first"))
+            is_first = first.equals(i32(shape.positions) - item)
+            misses = misses | _bit(nth + i, (rank > -1) & slot.equals(0) & is_first)
+            apart = apart | _bit(nth + i, (rank > -1) & (slot.equals(position + 1) ^ 1))
+        return misses, apart
+
+    def find_hits(piece: Own, nth: Value, hits: Value, evictable: Value) -> Sequence[Value]:
+        of_piece = zip(piece.items, slots_of(piece), held_of(piece), strict=True)
+        for i, (item, slot, rank) in enumerate(of_piece):
+            claimed = _of_rank(block, "slot_of", rank)
+            hit = piece.exists(item) & (rank > -1) & claimed.equals(slot + 1)
+            owned = block.buffer_row(slot) > -1
+            hits = hits | _bit(nth + i, hit)
+            evictable = evictable | _bit(nth + i, piece.exists(item) & owned & (hit ^ 1))
+        return hits, evictable
+
+    misses, apart = asked.in_pieces([i32(0), i32(0)], find_misses)
+    hits, evictable = order.in_pieces([i32(0), i32(0)], find_hits)
+    # Before the barriers: the order is written in place after them.
+    slots = slots_of(order)
     sums = [
         count_bits(low) | (count_bits(high) << 16)
         for low, high in ((hits, evictable), (misses, apart))
@@ -108,10 +140,9 @@ def plan_request(block: Block) -> None:
     # A short request whose tokens are in their own slots is not reordered.
     reordered = (num_apart.equals(0) & (length < shape.size + 1)) ^ 1
 
-    ranks, slots = _fresh(ranks), _fresh(slots)
     hits_before, evictable_before = sums_to[0] & _LOW, sums_to[0] >> 16
     for i, (item, slot) in enumerate(zip(order.items, slots, strict=True)):
-        hit, free = _bit(hits, i), _bit(evictable, i)
+        hit, free = _has_bit(hits, i32(i)), _has_bit(evictable, i32(i))
         place = shared["tokens"] + evictable_before * 4
         when(free, partial(store_shared, place, [slot]))
         unused = item - hits_before - minimum(evictable_before, num_filled)
@@ -124,36 +155,53 @@ def plan_request(block: Block) -> None:
         evictable_before = evictable_before + bool_to_int(free)
     block.sync()
 
-    if crowded:
-        positions = asked.load(block.row("positions", shape.positions), -1)
     tokens = block.row("tokens", shape.slots)
-    nth = sums_to[1] & _LOW
-    for i, (position, rank) in enumerate(zip(positions, ranks, strict=True)):
-        miss = _bit(misses, i)
 
-        def fill(position: Value = position, rank: Value = rank, nth: Value = nth) -> None:
-            (slot,) = load_shared(shared["tokens"] + nth * 4, "r")
-            store_shared(shared["slot_of"] + rank * 4, [slot + 1])
-            store_global(tokens + slot.wide() * 4, [position])
+    def fill_misses(piece: Own, before: Value, nth: Value) -> Sequence[Value]:
+        of_piece = zip(positions_of(piece), ranks_of(piece), strict=True)
+        for i, (position, rank) in enumerate(of_piece):
+            miss = _has_bit(misses, before + i)
 
-        when(miss & (nth < num_evictable), fill)
-        nth = nth + bool_to_int(miss)
+            def fill(position: Value = position, rank: Value = rank, nth: Value = nth) -> None:
+                (slot,) = load_shared(shared["tokens"] + nth * 4, "r")
+                store_shared(shared["slot_of"] + rank * 4, [slot + 1])
+                store_global(tokens + slot.wide() * 4, [position])
+
+            when(miss & (nth < num_evictable), fill)
+            nth = nth + bool_to_int(miss)
+        return [nth]
+
+    asked.in_pieces([sums_to[1] & _LOW], fill_misses)
     block.sync()
 
-    ranks = _fresh(ranks)
-    if crowded:
-        positions = asked.load(block.row("positions", shape.positions), -1)
-        sources = [_host_row(block, position, length) for position in positions]
-    rows, fetched, targets = [], [], []
-    for i, (source, rank) in enumerate(zip(sources, ranks, strict=True)):
-        slot, miss = _of_rank(block, "slot_of", rank), _bit(misses, i)
-        placed = (rank > -1) & (slot > 0)
-        row = block.buffer_row(select(placed, slot - 1, i32(0)))
-        rows.append(select(placed, row, i32(-1)))
-        fetched.append(select(placed & miss, source, i32(-1)))
-        targets.append(select(placed & miss, row, i32(-1)))
-    for array, words in (("rows", rows), ("sources", fetched), ("targets", targets)):
-        asked.store(block.row(array, shape.positions), words)
+    def answer(piece: Own, before: Value) -> Sequence[Value]:
+        rows, fetched, targets = [], [], []
+        for i, (source, rank) in enumerate(zip(sources_of(piece), ranks_of(piece), strict=True)):
+            slot, miss = _of_rank(block, "slot_of", rank), _has_bit(misses, before + i)
+            placed = (rank > -1) & (slot > 0)
+            row = block.buffer_row(select(placed, slot - 1, i32(0)))
+            rows.append(select(placed, row, i32(-1)))
+            fetched.append(select(placed & miss, source, i32(-1)))
+            targets.append(select(placed & miss, row, i32(-1)))
+        for array, words in (("rows", rows), ("sources", fetched), ("targets", targets)):
+            piece.store(block.row(array, shape.positions), words)
+        return []
+
+    asked.in_pieces([], answer)
+
+
+def _recalled(keep: bool, compute: Callable[[Own], list[Value]]) -> Callable[[Own], list[Value]]:
+    """What is computed of a piece of the items: once, into registers, or each time again."""
+    if not keep:
+        return compute
+    kept: list[Value] = []
+
+    def recall(piece: Own) -> list[Value]:
+        # Of values kept nothing is known: what was computed of them need not be kept, too.
+        kept[:] = [opaque(value) for value in kept] or compute(piece)
+        return list(kept)
+
+    return recall
 
 
 def _load_buffer(block: Block) -> None:
@@ -203,10 +251,9 @@ def _claim(block: Block, slot: Value, rank: Value) -> None:
     when(rank > -1, lambda: maximum_shared(place, slot + 1))
 
 
-def _fresh(values: list[Value]) -> list[Value]:
-    """The same values, of which nothing is known: what was computed of them need not be kept."""
-    return [opaque(value) for value in values]
+def _bit(number: Value, condition: Value) -> Value:
+    return bool_to_int(condition) << number
 
 
-def _bit(word: Value, number: int) -> Value:
-    return (word & (1 << number)).equals(0) ^ 1
+def _has_bit(word: Value, number: Value) -> Value:
+    return (word & (i32(1) << number)).equals(0) ^ 1

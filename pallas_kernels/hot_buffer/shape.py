@@ -7,7 +7,7 @@ from pallas_kernels.device.simt import Value
 
 WORD = 32  # positions of a word of the set
 GROUP = 4  # words of the set that have one count
-MOST_ITEMS = 6144  # positions of a request in one swap, and slots: six in a thread's registers
+MOST_ITEMS = 16384  # positions of a request in one swap, and slots: sixteen of a thread
 SHARED_BYTES = (227 << 10) - 1024  # of a block, without what Mosaic takes
 HEADER = 64  # words: sums of warps, two values of each
 

@@ -49,10 +49,15 @@ def swap(residency: Residency, positions: np.ndarray, seq_lens: np.ndarray, thre
     return call.plan_swap(shape, **arrays, positions=positions, seq_lens=seq_lens, threads=threads)
 
 
-@pytest.mark.parametrize(("n", "threads", "seed"), [(64, 128, 0), (150, 128, 1), (37, 256, 2)])
-def test_a_swap_is_what_the_jnp_path_makes_of_it(n: int, threads: int, seed: int):
+@pytest.mark.parametrize(
+    ("size", "n", "threads", "seed"),
+    [(150, 64, 128, 0), (150, 150, 128, 1), (150, 37, 256, 2), (1100, 530, 128, 3)],
+    ids=["some", "all", "few", "more than registers hold"],
+)
+def test_a_swap_is_what_the_jnp_path_makes_of_it(size: int, n: int, threads: int, seed: int):
     rng = np.random.default_rng(seed)
-    residency, lengths = random_residency(rng, SIZES)
+    sizes = dataclasses.replace(SIZES, device_buffer_size=size, num_buffer_pages=300)
+    residency, lengths = random_residency(rng, sizes)
     for _ in range(2):
         positions = random_selection(rng, residency, lengths, n)
         got = swap(residency, positions, lengths, threads)

@@ -105,9 +105,9 @@ def test_vmap_is_done_by_xla():
 
 def test_what_the_kernels_cannot_do_says_why():
     state, positions, lens = state_and_selection("bf16")
-    sizes = dataclasses.replace(SIZES, device_buffer_size=7000, num_buffer_pages=4000)
-    none = jnp.zeros((2, 7000), jnp.int32)
-    with pytest.raises(NotImplementedError, match=r"7000 positions of a request: .* at most 6144"):
+    sizes = dataclasses.replace(SIZES, device_buffer_size=20000, num_buffer_pages=6000)
+    none = jnp.zeros((2, 17000), jnp.int32)
+    with pytest.raises(NotImplementedError, match=r"17000 positions of a request: .* at most 16384"):
         plan_swap(Residency.empty(sizes), none, lens, implementation="mosaic_gpu")
     sizes = dataclasses.replace(SIZES, max_length=1 << 21, page_size=64)
     with pytest.raises(NotImplementedError, match=r"2097152 positions .* bytes of shared memory"):
