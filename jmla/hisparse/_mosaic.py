@@ -38,6 +38,23 @@ def plan_swap(
     return _compiled_plan(residency, positions, seq_lens)
 
 
+def swap_rows[T: TokenRows](
+    residency: Residency,
+    host_rows: T,
+    buffer_rows: T,
+    positions: Int[Array, "requests n"],
+    seq_lens: Int[Array, " requests"],
+) -> tuple[Residency, Int32[Array, "requests n"], T]:
+    """`plan_swap` and `copy_rows` in one kernel; under vmap by XLA.
+
+    Returns:
+        The residency after the step, the device row of each position, and the buffer's rows.
+    """
+    given = residency, host_rows, buffer_rows, positions, seq_lens
+    tokens, lru, slots, rows = _compiled_swap(*given)
+    return dataclasses.replace(residency, tokens=tokens, lru=lru), slots, rows
+
+
 def place_new(
     residency: Residency, seq_lens: Int[Array, " requests"], count: int
 ) -> tuple[Residency, Int32[Array, "requests count"], Int32[Array, "requests count"]]:
@@ -121,8 +138,7 @@ def _place(residency: Any, seq_lens: Any, count: int) -> Any:
 def _copy(source: Any, target: Any, source_slots: Any, target_slots: Any) -> Any:
     from pallas_kernels import hot_buffer
 
-    # An array without values has no address.
-    names = [name for name in target.token_leaves if getattr(target, name).size]
+    names = _names(target)
     copied = hot_buffer.copy_rows(
         {name: getattr(source, name) for name in names},
         {name: getattr(target, name) for name in names},
@@ -139,9 +155,48 @@ def _copy_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
     return over_axis(copy_by_xla, axis_size, in_batched, arguments)
 
 
+@jax.custom_batching.custom_vmap
+def _swap(residency: Any, host_rows: Any, buffer_rows: Any, positions: Any, seq_lens: Any) -> Any:
+    from pallas_kernels import hot_buffer
+
+    names = _names(buffer_rows)
+    tokens, lru, slots, copied = hot_buffer.swap_rows(
+        _shape(residency, positions.shape[1]),
+        {name: getattr(host_rows, name) for name in names},
+        {name: getattr(buffer_rows, name) for name in names},
+        tokens=residency.tokens,
+        lru=residency.lru,
+        page_table=residency.page_table,
+        buffer_table=residency.buffer_table,
+        positions=positions,
+        seq_lens=seq_lens,
+    )
+    rows = dataclasses.replace(buffer_rows, **copied).map_tokens(in_memory_of, buffer_rows)
+    return tokens, lru, slots, rows
+
+
+def _swap_by_xla(
+    residency: Any, host_rows: Any, buffer_rows: Any, positions: Any, seq_lens: Any
+) -> Any:
+    planned = plan_by_xla(residency, positions, seq_lens)
+    rows = copy_by_xla(host_rows, buffer_rows, planned.sources, planned.targets)
+    return planned.tokens, planned.lru, planned.slots, rows
+
+
+@_swap.def_vmap
+def _swap_over_axis(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
+    return over_axis(_swap_by_xla, axis_size, in_batched, arguments)
+
+
+def _names(rows: TokenRows) -> list[str]:
+    """The arrays that move with a row; one without values has no address."""
+    return [name for name in rows.token_leaves if getattr(rows, name).size]
+
+
 # Compiled at the level of the module: a call outside jit would compile the kernels every time.
 _compiled_plan = jax.jit(_plan)
 _compiled_copy = jax.jit(_copy)
+_compiled_swap = jax.jit(_swap)
 _compiled_place = jax.jit(_place, static_argnums=2)
 
 

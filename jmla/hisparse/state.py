@@ -7,11 +7,17 @@ from jaxtyping import Array, Int, Int32
 
 from jmla._checks import check_int32
 from jmla._mosaic_cache import takes_kernel
-from jmla.hisparse._mosaic import HiSparseImplementation, copy_reasons, copy_rows
+from jmla.hisparse._mosaic import (
+    HiSparseImplementation,
+    copy_reasons,
+    copy_rows,
+    swap_reasons,
+    swap_rows,
+)
 from jmla.hisparse.host_memory import HostMemory, copy_by_xla, zero_host_rows
 from jmla.hisparse.residency import Residency
 from jmla.hisparse.sizes import HiSparseSizes
-from jmla.hisparse.swap import Swap, plan_swap
+from jmla.hisparse.swap import Swap, flat_selection, plan_swap
 from jmla.layouts.base import KVLayout, Rows, ScaleFormat
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
@@ -131,7 +137,7 @@ def swap_in(
         state: with the step's tokens appended. Donate it to update the rows in place.
         positions: int32 `[requests, k]` or `[requests, s_q, k]`; see `plan_swap`.
         seq_lens: int32 `[requests]`, the new tokens included; 0 for an idle row.
-        implementation: "mosaic_gpu", two kernels; "xla"; or None for the kernels where they serve
+        implementation: "mosaic_gpu", one kernel; "xla"; or None for the kernel where it serves
             the call. Both give the same bits.
 
     Returns:
@@ -142,6 +148,16 @@ def swap_in(
         ValueError: see `plan_swap`.
         NotImplementedError: likewise.
     """
+    moved = state.host_rows, state.buffer_rows
+    selected = flat_selection(state.sizes, positions, seq_lens)
+
+    def reasons() -> list[str]:
+        return [*swap_reasons(state.residency, selected.shape[1]), *copy_reasons(*moved)]
+
+    if takes_kernel(implementation, reasons):
+        residency, slots, rows = swap_rows(state.residency, *moved, selected, seq_lens)
+        state = dataclasses.replace(state, buffer_rows=rows, residency=residency)
+        return state, slots.reshape(positions.shape)
     residency, swap = plan_swap(state.residency, positions, seq_lens, implementation=implementation)
     return replay(state, residency, swap, implementation=implementation), swap.slots
 

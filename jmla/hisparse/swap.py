@@ -16,6 +16,7 @@ from jmla.hisparse._mosaic import HiSparseImplementation, swap_reasons
 from jmla.hisparse._mosaic import plan_swap as plan_by_kernel
 from jmla.hisparse.lru import plan_by_xla
 from jmla.hisparse.residency import Residency
+from jmla.hisparse.sizes import HiSparseSizes
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +75,22 @@ def plan_swap(
         ValueError: wrong shapes or dtypes, or more positions than the buffer has slots.
         NotImplementedError: the kernel is asked for and cannot serve the call.
     """
-    sizes = residency.sizes
+    selected = flat_selection(residency.sizes, positions, seq_lens)
+    kernel = takes_kernel(implementation, lambda: swap_reasons(residency, selected.shape[1]))
+    run = plan_by_kernel if kernel else plan_by_xla
+    planned = run(residency, selected, seq_lens)
+    swap = Swap(planned.slots.reshape(positions.shape), planned.sources, planned.targets)
+    return dataclasses.replace(residency, tokens=planned.tokens, lru=planned.lru), swap
+
+
+def flat_selection(
+    sizes: HiSparseSizes, positions: Int[Array, "requests *rest"], seq_lens: Int[Array, " requests"]
+) -> Int32[Array, "requests n"]:
+    """The positions of each request in one axis.
+
+    Raises:
+        ValueError: see `plan_swap`.
+    """
     check_int32("seq_lens", seq_lens, (sizes.requests,))
     if positions.ndim < 2 or positions.shape[0] != sizes.requests or positions.dtype != jnp.int32:
         raise ValueError(
@@ -88,8 +104,4 @@ def plan_swap(
             f"{sizes.device_buffer_size=}, since all of them are in its buffer together; raise "
             "HiSparseConfig.device_buffer_size"
         )
-    kernel = takes_kernel(implementation, lambda: swap_reasons(residency, selected.shape[1]))
-    run = plan_by_kernel if kernel else plan_by_xla
-    planned = run(residency, selected, seq_lens)
-    swap = Swap(planned.slots.reshape(positions.shape), planned.sources, planned.targets)
-    return dataclasses.replace(residency, tokens=planned.tokens, lru=planned.lru), swap
+    return selected

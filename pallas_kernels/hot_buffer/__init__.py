@@ -9,4 +9,5 @@ from pallas_kernels.hot_buffer.call import copy_rows as copy_rows
 from pallas_kernels.hot_buffer.call import place_new as place_new
 from pallas_kernels.hot_buffer.call import plan_swap as plan_swap
 from pallas_kernels.hot_buffer.call import problems as problems
+from pallas_kernels.hot_buffer.call import swap_rows as swap_rows
 from pallas_kernels.hot_buffer.shape import Shape as Shape

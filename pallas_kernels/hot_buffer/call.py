@@ -25,7 +25,12 @@ from pallas_kernels.hot_buffer.copying import Part, copy_own_rows
 from pallas_kernels.hot_buffer.place import place_request
 from pallas_kernels.hot_buffer.plan import plan_request
 from pallas_kernels.hot_buffer.shape import MOST_ITEMS, SHARED_BYTES, Shape
-from pallas_kernels.hot_buffer.tuning import COPY_WARPGROUPS, plan_threads, rows_together
+from pallas_kernels.hot_buffer.tuning import (
+    COPY_WARPGROUPS,
+    plan_threads,
+    rows_of_swap_together,
+    rows_together,
+)
 
 _COMPILER = plgpu.CompilerParams(
     unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -112,6 +117,64 @@ def plan_swap(
         shared_words=sum(shape.shared_words(threads).values()),
     )
     return Planned(*changed, *results)
+
+
+def swap_rows(
+    shape: Shape,
+    sources: Mapping[str, Array],
+    targets: Mapping[str, Array],
+    *,
+    tokens: Int[Array, "requests slots"],
+    lru: Int[Array, "requests size"],
+    page_table: Int[Array, "requests pages"],
+    buffer_table: Int[Array, "requests buffer_pages"],
+    positions: Int[Array, "requests n"],
+    seq_lens: Int[Array, " requests"],
+    together: int | None = None,
+) -> tuple[Array, Array, Array, dict[str, Array]]:
+    """`plan_swap`, and each block fetches what its request misses.
+
+    Args:
+        shape: as in `plan_swap`, and so are the arrays that are not told here.
+        sources: the host's arrays.
+        targets: the device's, of the same names and dtypes, and rows of as many bytes.
+        together: rows of a warp under way at once; None chooses by their size.
+
+    Returns:
+        tokens, lru and rows as in `Planned`, and the targets.
+    """
+    threads, names = plan_threads(shape), list(sources)
+    num_targets = shape.num_buffer_pages * shape.page_size
+    sizes = [targets[name].size * targets[name].dtype.itemsize // num_targets for name in names]
+    together = together or rows_of_swap_together(sum(sizes))
+
+    def swap(block: Block) -> None:
+        stored, buffers = (
+            [block.arrays[f"{side} {name}"] for name in names] for side in ("host", "buffer")
+        )
+        parts = _parts(stored, buffers, sizes)
+        lane = block_thread() & (WARP - 1)
+        plan_request(
+            block, lambda source, target: copy_own_rows(parts, source, target, lane, together)
+        )
+
+    changed, (rows,) = _of_requests(
+        swap,
+        shape,
+        {
+            "page_table": page_table,
+            "buffer_table": buffer_table,
+            "positions": positions,
+            "seq_lens": seq_lens,
+            **{f"host {name}": sources[name] for name in names},
+        },
+        {"tokens": tokens, "lru": lru, **{f"buffer {name}": targets[name] for name in names}},
+        {"rows": jax.ShapeDtypeStruct((shape.requests, shape.positions), jnp.int32)},
+        threads=threads,
+        shared_words=sum(shape.shared_words(threads).values()),
+    )
+    after, order, *copied = changed
+    return after, order, rows, dict(zip(names, copied, strict=True))
 
 
 def place_new(

@@ -12,10 +12,12 @@ from pallas_kernels.device.memory import (
 )
 from pallas_kernels.device.scan import sums_before
 from pallas_kernels.device.simt import (
+    WARP,
     Value,
     bool_to_int,
     count_bits,
     i32,
+    loop,
     maximum,
     minimum,
     opaque,
@@ -26,11 +28,19 @@ from pallas_kernels.device.simt import (
 from pallas_kernels.hot_buffer.block import FEW, Block, Own
 from pallas_kernels.hot_buffer.position_set import PositionSet
 
+CopyRows = Callable[[Value, Value], None]
+"""Copies a row of the host to a row of the device, of each lane; a negative one is none."""
+
 _LOW = (1 << 16) - 1  # of two counts that share a word
 
 
-def plan_request(block: Block) -> None:
-    """The swap of the block's request; an idle one asks for nothing."""
+def plan_request(block: Block, copy: CopyRows | None = None) -> None:
+    """The swap of the block's request; an idle one asks for nothing.
+
+    Args:
+        block: with arrays for what is to be fetched, unless the block fetches it itself.
+        copy: fetches the row of each lane of a warp that has one.
+    """
     shape, shared = block.shape, block.shared
     asked, order = block.own(shape.positions), block.own(shape.size)
     # A thread that has many items loads them again: it has no registers to keep them in.
@@ -158,14 +168,23 @@ def plan_request(block: Block) -> None:
     tokens = block.row("tokens", shape.slots)
 
     def fill_misses(piece: Own, before: Value, nth: Value) -> Sequence[Value]:
-        of_piece = zip(positions_of(piece), ranks_of(piece), strict=True)
-        for i, (position, rank) in enumerate(of_piece):
+        of_piece = zip(positions_of(piece), sources_of(piece), ranks_of(piece), strict=True)
+        for i, (position, source, rank) in enumerate(of_piece):
             miss = _has_bit(misses, before + i)
 
-            def fill(position: Value = position, rank: Value = rank, nth: Value = nth) -> None:
+            def fill(
+                position: Value = position,
+                source: Value = source,
+                rank: Value = rank,
+                nth: Value = nth,
+            ) -> None:
                 (slot,) = load_shared(shared["tokens"] + nth * 4, "r")
                 store_shared(shared["slot_of"] + rank * 4, [slot + 1])
                 store_global(tokens + slot.wide() * 4, [position])
+                if copy is not None:
+                    # Nobody else looks at this place, nor at the first occurrences any more.
+                    store_shared(shared["tokens"] + nth * 4, [block.buffer_row(slot)])
+                    store_shared(shared["first"] + nth * 4, [source])
 
             when(miss & (nth < num_evictable), fill)
             nth = nth + bool_to_int(miss)
@@ -183,11 +202,33 @@ def plan_request(block: Block) -> None:
             rows.append(select(placed, row, i32(-1)))
             fetched.append(select(placed & miss, source, i32(-1)))
             targets.append(select(placed & miss, row, i32(-1)))
-        for array, words in (("rows", rows), ("sources", fetched), ("targets", targets)):
-            piece.store(block.row(array, shape.positions), words)
+        piece.store(block.row("rows", shape.positions), rows)
+        if copy is None:
+            piece.store(block.row("sources", shape.positions), fetched)
+            piece.store(block.row("targets", shape.positions), targets)
         return []
 
     asked.in_pieces([], answer)
+    if copy is not None:
+        _fetch(block, num_filled, copy)
+
+
+def _fetch(block: Block, count: Value, copy: CopyRows) -> None:
+    """Copies the rows of so many misses, as many by each warp."""
+    warps = block.threads // WARP
+    warp, lane = block.thread // WARP, block.thread & (WARP - 1)
+
+    def some(nth: Value) -> Sequence[Value]:
+        place = nth * block.threads + lane * warps + warp
+        exists = place < count
+        place = select(exists, place, i32(0)) * 4
+        source, target = (
+            load_shared(block.shared[name] + place, "r")[0] for name in ("first", "tokens")
+        )
+        copy(select(exists, source, i32(-1)), target)
+        return []
+
+    loop(0, (count + (block.threads - 1)) // block.threads, [], some)
 
 
 def _recalled(keep: bool, compute: Callable[[Own], list[Value]]) -> Callable[[Own], list[Value]]:

@@ -72,6 +72,43 @@ def test_a_swap_is_what_the_jnp_path_makes_of_it(size: int, n: int, threads: int
         residency = after
 
 
+@pytest.mark.parametrize(("n", "together"), [(64, 1), (150, 4)])
+def test_a_swap_fetches_what_is_missing(n: int, together: int):
+    rng = np.random.default_rng(n)
+    residency, lengths = random_residency(rng, SIZES)
+    widths = {"a": (36, np.int32), "b": (7, np.uint8)}
+    stored, buffer = (
+        {
+            name: rng.integers(0, 255, (pages * SIZES.page_size, width)).astype(dtype)
+            for name, (width, dtype) in widths.items()
+        }
+        for pages in (SIZES.num_pages, SIZES.num_buffer_pages)
+    )
+    positions = random_selection(rng, residency, lengths, n)
+    tables = ("tokens", "lru", "page_table", "buffer_table")
+    arrays = {name: np.asarray(getattr(residency, name)) for name in tables}
+    tokens, lru, rows, copied = call.swap_rows(
+        shape_of(residency, n),
+        stored,
+        buffer,
+        **arrays,
+        positions=positions,
+        seq_lens=lengths,
+        together=together,
+    )
+    after, expected = jax.jit(plan_swap)(residency, jnp.asarray(positions), jnp.asarray(lengths))
+    for got, wanted in [(tokens, after.tokens), (lru, after.lru), (rows, expected.slots)]:
+        np.testing.assert_array_equal(got, wanted)
+    fetched = np.asarray(expected.sources) >= 0
+    assert fetched.sum() > 20
+    for name, old in buffer.items():
+        wanted = old.copy()
+        wanted[np.asarray(expected.targets)[fetched]] = stored[name][
+            np.asarray(expected.sources)[fetched]
+        ]
+        np.testing.assert_array_equal(copied[name], wanted)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_new_tokens_are_placed_as_the_jnp_path_places_them(count: int):
     rng = np.random.default_rng(count)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from jmla import _implementation
-from jmla.hisparse import HiSparseState, Residency, _mosaic, append, init_state, plan_swap, swap_in
+from jmla.hisparse import (
+    HiSparseState,
+    Residency,
+    _mosaic,
+    append,
+    init_state,
+    plan_swap,
+    replay,
+    swap_in,
+)
 from jmla.hisparse.lru import plan_by_xla
 from tests.hisparse.residencies import random_residency, random_selection
 from tests.hisparse.test_lifecycle import SIZES
@@ -41,10 +50,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             fetched[name] = flat.at[at].set(taken, mode="drop").reshape(rows.shape)
         return fetched
 
+    def swap_and_copy(shape: Any, stored: Any, buffer: Any, **given: Any) -> Any:
+        planned = swap(shape, **given)
+        counts = {
+            "num_sources": shape.num_pages * shape.page_size,
+            "num_targets": shape.num_buffer_pages * shape.page_size,
+        }
+        copied = copy(stored, buffer, planned.sources, planned.targets, **counts)
+        return planned.tokens, planned.lru, planned.rows, copied
+
     monkeypatch.setattr(kernels, "plan_swap", swap)
     monkeypatch.setattr(kernels, "copy_rows", copy)
+    monkeypatch.setattr(kernels, "swap_rows", swap_and_copy)
     # Functions of their own: traces of another test call other stand-ins.
-    for name in ("_plan", "_copy"):
+    for name in ("_plan", "_copy", "_swap"):
         old = getattr(_mosaic, name)
         fresh = jax.custom_batching.custom_vmap(lambda *given, old=old: old.fun(*given))
         fresh.def_vmap(old.vmap_rule)
@@ -90,6 +109,13 @@ def test_the_kernels_swap_on_a_hopper(name: str, calls: list[Any], monkeypatch: 
     assert_same_rows(swapped(state, positions, lens, implementation="xla"), expected)
     assert len(calls) == 2
 
+    def by_parts(state: HiSparseState) -> Any:
+        residency, swap = plan_swap(state.residency, positions, lens)
+        return replay(state, residency, swap), swap.slots
+
+    assert_same_rows(jax.jit(by_parts)(state), expected)
+    assert calls[2:] == calls[:2]
+
 
 def test_vmap_is_done_by_xla():
     """Which runs here, where the kernels do not."""
@@ -107,7 +133,7 @@ def test_what_the_kernels_cannot_do_says_why():
     state, positions, lens = state_and_selection("bf16")
     sizes = dataclasses.replace(SIZES, device_buffer_size=20000, num_buffer_pages=6000)
     none = jnp.zeros((2, 17000), jnp.int32)
-    with pytest.raises(NotImplementedError, match=r"17000 positions of a request: .* at most 16384"):
+    with pytest.raises(NotImplementedError, match=r"17000 positions of .* at most 16384"):
         plan_swap(Residency.empty(sizes), none, lens, implementation="mosaic_gpu")
     sizes = dataclasses.replace(SIZES, max_length=1 << 21, page_size=64)
     with pytest.raises(NotImplementedError, match=r"2097152 positions .* bytes of shared memory"):
