@@ -48,7 +48,8 @@ class Buffer:
     def swap(self, positions: list[int], length: int) -> list[int]:
         """The slot of each position; -1 for one outside the request."""
         self.fetched = []
-        wanted = [p for p in positions if 0 <= p < length]
+        asked = [p for p in positions if 0 <= p < length]
+        wanted = set(asked)
         if length <= self.size and all(self.tokens[p] == p for p in wanted):
             return [p if 0 <= p < length else -1 for p in positions]
         slot_of = {}
@@ -63,7 +64,7 @@ class Buffer:
                 hits.append(slot)
             else:
                 evictable.append(slot)
-        for position in wanted:
+        for position in asked:
             if position not in slot_of:
                 slot = evictable[len(self.fetched)]
                 slot_of[position] = slot

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import hypothesis
@@ -28,7 +29,9 @@ from jmla.hisparse import (
     release,
     swap_in,
 )
+from jmla.layouts import KVLayout
 from jmla.topk import paged_indices
+from tests.hisparse.oracle import Buffer
 from tests.hisparse.residencies import random_residency, random_selection
 from tests.layouts.cases import FORMATS, assert_same_rows, small_rows
 
@@ -38,6 +41,11 @@ pytestmark = pytest.mark.usefixtures("hopper")
 @functools.partial(jax.jit, static_argnames="implementation")
 def plan(residency: Residency, positions: jax.Array, lens: jax.Array, *, implementation: Any):
     return plan_swap(residency, positions, lens, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def swap(state: HiSparseState, positions: jax.Array, lens: jax.Array, *, implementation: Any):
+    return swap_in(state, positions, lens, implementation=implementation)
 
 
 def sizes_of(requests: int, size: int, newest: int, context: int, page: int) -> HiSparseSizes:
@@ -57,12 +65,20 @@ def check_steps(seed: int, sizes: HiSparseSizes, n: int, steps: int) -> None:
     rng = np.random.default_rng(seed)
     residency, lengths = random_residency(rng, sizes)
     lens = jnp.asarray(lengths)
+    empty = init_state(KVLayout.BF16, sizes, rank=2, rope_dim=0, host_memory="device")
+    host_rows, buffer_rows = (
+        rows.map_tokens(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype))
+        for rows in (empty.host_rows, empty.buffer_rows)
+    )
+    state = HiSparseState(host_rows, buffer_rows, residency)
     for _ in range(steps):
-        positions = jnp.asarray(random_selection(rng, residency, lengths, n))
-        after, swap = plan(residency, positions, lens, implementation="mosaic_gpu")
-        expected = plan(residency, positions, lens, implementation="xla")
-        assert_same_rows((after, swap), expected)
-        residency = after
+        positions = jnp.asarray(random_selection(rng, state.residency, lengths, n))
+        given = state.residency, positions, lens
+        after, asked = plan(*given, implementation="mosaic_gpu")
+        assert_same_rows((after, asked), plan(*given, implementation="xla"))
+        expected = swap(state, positions, lens, implementation="xla")
+        state, slots = swap(state, positions, lens, implementation="mosaic_gpu")
+        assert_same_rows((state, slots), expected)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +87,9 @@ def check_steps(seed: int, sizes: HiSparseSizes, n: int, steps: int) -> None:
         (16, 2048, 4096, 1, 1 << 17, 64),
         (8, 4096, 4096, 2, 100_000, 64),
         (4, 6144, 6144, 3, 1 << 19, 64),
+        (8, 8192, 16384, 4, 1 << 17, 64),
+        (2, 16384, 16384, 1, 1 << 17, 64),
+        (5, 7001, 9005, 3, 50_021, 16),
         (5, 777, 1001, 3, 20_011, 16),
         (3, 2, 6, 2, 40, 4),
         (300, 33, 70, 1, 700, 1),
@@ -160,7 +179,7 @@ TABLE = np.arange(REQUESTS * CONTEXT // 64, dtype=np.int32).reshape(REQUESTS, -1
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def decode_both(
     state: HiSparseState, full: Any, lens: jax.Array, key: jax.Array, positions: jax.Array
-) -> tuple[HiSparseState, Any, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[HiSparseState, Any, jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     keys, width = jax.random.split(key, 3), full.rows.width
     latents, index_keys = (
         jax.random.normal(key, (REQUESTS, size), jnp.bfloat16)
@@ -176,7 +195,7 @@ def decode_both(
     visible = jnp.where(positions < lens[:, None], positions, -1)
     full_slots = paged_indices(visible, table, page_size=64)
     ours = attend(q, state.buffer_rows, slots[:, None])
-    return state, full, ours, attend(q, full.rows, full_slots[:, None])
+    return state, full, slots, ours, attend(q, full.rows, full_slots[:, None])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -191,29 +210,45 @@ def prefill(full: Any, request: jax.Array, length: jax.Array, key: jax.Array) ->
     return append_to_cache(full, slots, latents, index_keys)
 
 
+def reads_nothing(state: HiSparseState, request: int) -> bool:
+    """Whether a selection of a released request finds nothing, and changes nothing."""
+    positions = jnp.tile(jnp.arange(TOPK, dtype=jnp.int32), (REQUESTS, 1))
+    lens = jnp.where(jnp.arange(REQUESTS) == request, CONTEXT, 0).astype(jnp.int32)
+    after, swap = plan(state.residency, positions, lens, implementation="mosaic_gpu")
+    assert_same_rows(after, state.residency)
+    return all((np.asarray(each) == -1).all() for each in jax.tree.leaves(swap))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_decode_has_the_bits_of_the_full_cache(name: str):
-    """Hundreds of steps from pinned rows, in which requests come and go, and some rest."""
+    """Hundreds of steps from pinned rows, in which requests come, grow, rest and go.
+
+    There are too few pages for all of them, and buffers hold what plain Python says.
+    """
     layout, options = FORMATS[name]
     rng = np.random.default_rng(0)
     sizes = sizes_of(REQUESTS, SIZE, 1, CONTEXT, 64)
     sizes = dataclasses.replace(sizes, num_pages=40, num_buffer_pages=10)
-    pool = HiSparsePool.empty(sizes)
+    pool = assigned = HiSparsePool.empty(sizes)
+    buffers = [Buffer(SIZE, 1) for _ in range(REQUESTS)]
     state = init_state(layout, sizes, index_dim=128, **options)
     full = init_cache(layout, num_pages=TABLE.size, index_dim=128, **options)
     move, leave = jax.jit(admit, donate_argnums=0), jax.jit(release, donate_argnums=0)
-    lengths, fetched = [0] * REQUESTS, 0
+    lengths, fetched, refused = [0] * REQUESTS, 0, 0
     for number in range(300):
         key = jax.random.key(number)
         request = int(rng.integers(REQUESTS))
-        if lengths[request] and (rng.random() < 0.02 or lengths[request] > CONTEXT - 2):
+        if lengths[request] and rng.random() < 0.04:
             state = leave(state, jnp.int32(request))
             pool, lengths[request] = pool.release(request), 0
+            buffers[request].clear()
+            assert reads_nothing(state, request)
         elif not lengths[request]:
-            length = int(rng.integers(1, 500))
+            length = int(rng.integers(1, 900))
             try:
-                pool = pool.reserve(request, CONTEXT // 2 + 300)
+                pool = pool.reserve(request, length)
             except HiSparseCapacityError:
+                refused += 1
                 continue
             tables = jnp.asarray(pool.page_table), jnp.asarray(pool.buffer_table)
             state = assign_pages(state, *tables)
@@ -221,23 +256,50 @@ def test_decode_has_the_bits_of_the_full_cache(name: str):
             pages = jnp.asarray(TABLE[request])
             state = move(state, jnp.int32(request), jnp.int32(length), full, pages)
             lengths[request] = length
-        resting = rng.random(REQUESTS) < 0.1
-        now = np.asarray(
-            [0 if rest or not n else n + 1 for n, rest in zip(lengths, resting, strict=True)],
-            np.int32,
-        )
-        now[now > CONTEXT // 2 + 300] = 0
-        lengths = [max(n, int(after)) for n, after in zip(lengths, now, strict=True)]
+            buffers[request].admit(length)
+        now = np.zeros(REQUESTS, np.int32)
+        for each, length in enumerate(lengths):
+            if not 0 < length < CONTEXT or rng.random() < 0.1:
+                continue
+            try:
+                pool = pool.reserve(each, length + 1)
+            except HiSparseCapacityError:
+                refused += 1
+                continue
+            now[each] = lengths[each] = length + 1
+        if pool is not assigned:
+            tables = jnp.asarray(pool.page_table), jnp.asarray(pool.buffer_table)
+            state, assigned = assign_pages(state, *tables), pool
         near = now[:, None] - 1 - rng.integers(0, 200, (REQUESTS, TOPK))
         far = rng.integers(-1, np.maximum(now, 1)[:, None] + 5, (REQUESTS, TOPK))
         positions = np.where(rng.random((REQUESTS, TOPK)) < 0.8, near, far).astype(np.int32)
-        tokens = np.asarray(state.residency.tokens)
-        state, full, ours, theirs = decode_both(
+        state, full, slots, ours, theirs = decode_both(
             state, full, jnp.asarray(now), key, jnp.asarray(positions)
         )
-        fetched += int((np.asarray(state.residency.tokens) != tokens).sum())
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(
                 np.asarray(mine).view(np.uint8), np.asarray(other).view(np.uint8)
             )
-    assert fetched > 1000
+        found = np.full((REQUESTS, TOPK), -1)
+        for each, buffer in enumerate(buffers):
+            buffer.append(int(now[each]), 1)
+            owned = np.asarray(pool.owned_buffer[each], int)
+            slot = np.asarray(buffer.swap(positions[each].tolist(), int(now[each])))
+            if owned.size:
+                found[each] = np.where(slot < 0, -1, owned[slot // 64] * 64 + slot % 64)
+            fetched += len(buffer.fetched)
+        np.testing.assert_array_equal(slots, found)
+        np.testing.assert_array_equal(state.residency.tokens, [b.tokens for b in buffers])
+        np.testing.assert_array_equal(state.residency.lru, [b.lru for b in buffers])
+    assert fetched > 1000 and refused > 10
+
+
+def test_too_much_host_memory_is_refused_and_nothing_is_lost():
+    sizes = sizes_of(2, SIZE, 1, CONTEXT, 64)
+    before = init_state(KVLayout.BF16, sizes, index_dim=128)
+    limit = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64"))
+    pages = ((limit << 30) + (1 << 30)) // (1152 * 64)
+    with pytest.raises(MemoryError, match="fewer pages, or raise XLA_PJRT_GPU_HOST_MEMORY_LIMIT"):
+        init_state(KVLayout.BF16, dataclasses.replace(sizes, num_pages=pages))
+    after = init_state(KVLayout.BF16, sizes, index_dim=128)
+    assert_same_rows(*(jax.device_put(s, jax.memory.Space.Device) for s in (before, after)))
