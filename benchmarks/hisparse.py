@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
 from benchmarks.floors import Ceilings
+from benchmarks.host_link import Link, measure_link
 from benchmarks.inputs import LAYOUTS
 from benchmarks.records import Environment, to_json_line
 from benchmarks.timing import Call, Timer
@@ -23,11 +23,13 @@ from jmla.hisparse import (
     HiSparsePool,
     HiSparseSizes,
     HiSparseState,
+    Swap,
     admit,
     append,
     assign_pages,
     init_state,
     plan_swap,
+    replay,
     swap_in,
 )
 from jmla.hisparse.placement import place_prompt
@@ -42,7 +44,8 @@ class Case:
     """One measurement.
 
     Attributes:
-        op: swap_in, append (a token of each request), or admit (one request, of `context` tokens).
+        op: swap_in, fetch (its rows alone, as a layer that reuses a selection does), append (a
+            token of each request), or admit (one request, of `context` tokens).
         layout: as results name it.
         b: requests.
         context: tokens of each.
@@ -50,6 +53,7 @@ class Case:
             since the swap before; the others stay.
         topk: positions of a request.
         buffer: slots of a request.
+        layers: of as many layers' rows one after the other, a fetch reads those of one.
     """
 
     op: str
@@ -59,13 +63,16 @@ class Case:
     fresh: float = 0.0
     topk: int = 2048
     buffer: int = 4096
+    layers: int = 1
 
     @property
     def name(self) -> str:
         """As the results have it."""
         words = [f"layout={self.layout}", f"b={self.b}", f"context={self.context}"]
-        if self.op == "swap_in":
+        if self.op in ("swap_in", "fetch"):
             words += [f"fresh={self.fresh:g}", f"topk={self.topk}", f"buffer={self.buffer}"]
+        if self.op == "fetch":
+            words.append(f"layers={self.layers}")
         return " ".join(words)
 
 
@@ -74,6 +81,8 @@ CASES = (
     *(Case("swap_in", fresh=fresh) for fresh in (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)),
     *(Case("swap_in", layout, fresh=0.2) for layout in ("bf16", "576", "fp4", "584")),
     Case("swap_in", b=1, fresh=0.1),
+    *(Case("fetch", fresh=fresh) for fresh in (0.02, 0.05, 0.1, 0.2, 1.0)),
+    *(Case("fetch", fresh=0.1, layers=layers) for layers in (2, 4, 8, 16)),
     Case("append"),
     *(Case("admit", layout, b=1) for layout in ("656", "bf16")),
 )
@@ -115,13 +124,6 @@ class Record:
     def to_json(self) -> str:
         """One line, floats to five digits."""
         return to_json_line(self)
-
-
-class Link(NamedTuple):
-    """GB/s to and from host memory."""
-
-    to_device: float
-    to_host: float
 
 
 class Work(NamedTuple):
@@ -195,53 +197,6 @@ class Bench:
         )
 
 
-def measure_link(timer: Timer, size: int) -> Link:
-    """The rates of copies of `size` bytes between pinned and device memory, both ways."""
-    device = jax.devices()[0]
-    here = jax.device_put(jnp.zeros(size, jnp.uint8), SingleDeviceSharding(device))
-    there = jax.device_put(here, SingleDeviceSharding(device, memory_kind="pinned_host"))
-
-    def seconds(call: Call) -> float:
-        # A copy engine's work is no kernel, so this is the host's clock.
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    copies = [
-        seconds(functools.partial(jax.device_put, source, like.sharding))
-        for source, like in ((there, here), (here, there))
-    ]
-    rates = [size / s / 1e9 for s in copies]
-    if device.platform == "gpu":
-        rates[0] = max(rates[0], _bulk_read(timer, there))
-    return Link(*rates)
-
-
-def _bulk_read(timer: Timer, there: Array) -> float:
-    from pallas_kernels.hot_buffer import copy_rows
-
-    row = 4096
-    rows = there.size // row
-    order = jnp.arange(rows, dtype=jnp.int32)
-    buffer = [jnp.zeros((rows, row), jnp.uint8)]
-    read = jax.jit(
-        lambda there, buffer: copy_rows(
-            {"rows": there}, {"rows": buffer}, order, order, num_sources=rows, num_targets=rows
-        )["rows"],
-        donate_argnums=1,
-    )
-
-    def call() -> object:
-        buffer[0] = read(there, buffer[0])
-        return buffer[0]
-
-    us = timer.measure(itertools.repeat(call), jax.block_until_ready, what="bulk read")
-    return there.size / us / 1e3
-
-
 def prepare(case: Case, implementation: str, scale: int = 1) -> Work:
     """The inputs of a case, and its calls."""
     context, topk = max(case.context // scale, PAGE), max(case.topk // scale, 4)
@@ -265,28 +220,44 @@ def prepare(case: Case, implementation: str, scale: int = 1) -> Work:
 
         return Work(itertools.repeat(store), case.b * row_bytes, to_host=True)
 
+    plan = jax.jit(functools.partial(plan_swap, **how))
     swap = jax.jit(functools.partial(swap_in, **how), donate_argnums=0)
-
-    @jax.jit
-    def count(*given: Any) -> tuple[Any, Array]:
-        residency, asked = plan_swap(*given, **how)
-        return residency, jnp.sum(asked.sources >= 0)
-
     choices = [jnp.asarray(each) for each in drifting(case, context, topk)]
     # The first fills the buffers, and is not among the timed ones; nor does any of them come again.
     held[0], _ = swap(held[0], choices[0], lens)
-    residency, seen = held[0].residency, []
+    residency, swaps = held[0].residency, []
     for choice in choices[1:]:
-        residency, missed = count(residency, choice, lens)
-        seen.append(missed)
-    misses = float(np.mean([int(missed) for missed in seen]))
+        residency, asked = plan(residency, choice, lens)
+        swaps.append(asked)
+    misses = float(np.mean([int(jnp.sum(asked.sources >= 0)) for asked in swaps]))
+    num_bytes = round(misses * row_bytes)
+    if case.op == "fetch":
+        return Work(_fetches(case, context, held, swaps, how), num_bytes, misses)
 
     def call(choice: Array) -> object:
         held[0], slots = swap(held[0], choice, lens)
         return slots
 
     calls = itertools.cycle([functools.partial(call, choice) for choice in choices[1:]])
-    return Work(calls, round(misses * row_bytes), misses)
+    return Work(calls, num_bytes, misses)
+
+
+def _fetches(
+    case: Case, context: int, held: list[HiSparseState], swaps: Sequence[Swap], how: Any
+) -> Iterator[Call]:
+    """Endless: the rows of each swap in turn, of each layer in turn."""
+    buffer = held[0].sizes.device_buffer_size
+    held += [filled_state(case, context, buffer, keyed=False) for _ in range(1, case.layers)]
+    fetch = jax.jit(functools.partial(replay, **how), donate_argnums=0)
+    # Of each layer alike; donated with one of them, they would be gone for the others.
+    residency = jax.tree.map(jnp.copy, held[0].residency)
+
+    def call(layer: int, swap: Swap) -> object:
+        held[layer] = fetch(held[layer], residency, swap)
+        return held[layer].buffer_rows
+
+    turns = zip(itertools.cycle(range(case.layers)), itertools.cycle(swaps))
+    return (functools.partial(call, *turn) for turn in turns)
 
 
 def drifting(case: Case, context: int, topk: int) -> list[np.ndarray]:

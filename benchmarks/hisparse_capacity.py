@@ -1,49 +1,96 @@
-"""Tokens per second of all layers' attention, rows on the device or on the host.
+"""Tokens per second of all layers' attention beside a model's weights, rows here or on the host.
 
-Each step appends a token to every request and every layer, and attends to a selection that drifts:
-the attention of DeepSeek-V3.2, without its projections, its indexer and its experts, over random
-rows. What fits is said beside it: the bytes of rows, index keys and buffers in both memories.
+The attention of DeepSeek-V3.2, all of it: projections, indexer, selection and attention over random
+weights and random rows, by the layer that the demo's decode loop runs. A GPU also holds its share
+of the experts; memory of that size is taken and not touched, so that what is left for caches ends
+where it would.
 
-python -m benchmarks.hisparse_capacity --kind hisparse --requests 12
-python -m benchmarks.hisparse_capacity --kind full --requests 3
+The hidden states that enter the layers turn a little in each step, so that selections drift: the
+part of their selected rows that was not in the buffer before is measured beside the time.
+
+python -m benchmarks.hisparse_capacity --full 7 6 --hisparse 12
 """
 
 import argparse
+import dataclasses
 import functools
+import gc
 import itertools
-import json
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from rich.console import Console
 
 import jmla
 from benchmarks import records
-from benchmarks.hisparse import PAGE, ROUNDS, Case, drifting
-from benchmarks.inputs import LAYOUTS
-from jmla.cache import Cache, init_cache
-from jmla.hisparse import (
-    HiSparsePool,
-    HiSparseSizes,
-    HiSparseState,
-    admit,
-    append,
-    assign_pages,
-    init_state,
-    swap_in,
-)
-from jmla.topk import paged_indices
+from jmla.cache import Cache
+from jmla.hisparse import HiSparsePool, HiSparseState, admit, assign_pages
+from jmla.model import MLAConfig, init_mla, mla_attention, rms_norm
 
-HEADS, INDEX_DIM, TOPK, BUFFER = 128, 128, 2048, 4096
-SM_SCALE = (128 + 64) ** -0.5
+PAGE = 64
 STEPS = 4  # of one call
 WARMUP = 4  # calls
+GB = 10**9
+V32 = MLAConfig(hidden_size=7168, num_heads=128, q_lora_rank=1536)
+
+Layer = Cache | HiSparseState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of the results; see `benchmarks.records.Record` for what is not told here.
+
+    Attributes:
+        case: `key=value` pairs.
+        kind: where the rows are, "full" on the device or "hisparse".
+        requests: of the batch.
+        fits: whether the device has the memory; if not, nothing is measured.
+        error: what it said if it has not.
+        turned: how far hidden states turn in a step, sine of the angle.
+        missed: of the selected rows, the share that was fetched; the newest tokens left out.
+        step_ms: of all layers, the host's clock.
+        ours_us: the same for one layer.
+        tokens_per_s: of the batch.
+        host_bytes: of the caches.
+        device_bytes: likewise.
+        weights_bytes: of the layers' weights.
+        reserved_bytes: on the device beside caches, these weights included.
+        usable_bytes: of the device, for all; the rest is not JAX's.
+        filled_s: time to make and fill the caches.
+        compiled_s: time to compile a call.
+    """
+
+    op: str = "hisparse_capacity"
+    case: str
+    kind: str
+    requests: int
+    fits: bool
+    error: str = ""
+    turned: float = 0.0
+    missed: float = 0.0
+    step_ms: float | None = None
+    ours_us: float | None = None
+    tokens_per_s: float | None = None
+    host_bytes: int = 0
+    device_bytes: int = 0
+    weights_bytes: int = 0
+    reserved_bytes: int = 0
+    usable_bytes: int | None = None
+    filled_s: float | None = None
+    compiled_s: float | None = None
+    method: str = f"wall, {STEPS} steps of a call, median of calls"
+    environment: records.Environment
+
+    def to_json(self) -> str:
+        """One line, floats to five digits."""
+        return records.to_json_line(self)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,183 +98,251 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", choices=("full", "hisparse"), required=True)
-    parser.add_argument("--requests", type=int, required=True)
+    parser.add_argument("--full", type=int, nargs="*", default=[], help="counts of requests")
+    parser.add_argument("--hisparse", type=int, nargs="*", default=[], help="rows on the host")
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--context", type=int, default=131072)
-    parser.add_argument("--layout", choices=LAYOUTS, default="656")
-    parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument(
-        "--fresh", type=float, nargs="+", default=[0.02, 0.1], help="share of new positions"
+        "--reserved-gb",
+        type=float,
+        default=80.0,
+        help="device memory for weights, in 10**9 bytes; with the fifth that JAX leaves alone "
+        "as much as an eighth of 671 GB and what a server needs to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--turned", type=float, nargs="+", default=[0.02, 0.1], help="of hidden states in a step"
     )
     parser.add_argument("--calls", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="JSON lines to append to")
+    parser.add_argument("--commit", help="of the code (default: what git says)")
     return parser.parse_args(arguments)
 
 
-def filled_cache(layout: str, requests: int, context: int) -> tuple[Cache, Array]:
-    """A layer's cache of random rows, and its page table."""
-    pages = context // PAGE
-    cache = init_cache(
-        LAYOUTS[layout], num_pages=requests * pages, page_size=PAGE, index_dim=INDEX_DIM
+def plan_of(kind: str, model: MLAConfig) -> jmla.Plan:
+    """The block-scale FP8 plan of the kind."""
+    return jmla.resolve(
+        jmla.Config(
+            num_heads=model.num_heads,
+            sm_scale=model.sm_scale,
+            kv_lora_rank=model.kv_lora_rank,
+            index_topk=model.index_topk,
+            index_head_dim=model.index_head_dim,
+            kv_cache_dtype="fp8_e4m3",
+            page_size=PAGE,
+            hisparse=jmla.HiSparseConfig() if kind == "hisparse" else None,
+        )
     )
-    order = jax.random.permutation(jax.random.key(1), requests * pages)
-    return cache, order.reshape(requests, pages).astype(jnp.int32)
 
 
-def random_prompt(layout: str, context: int) -> Cache:
-    """One request's rows of random values, its pages in order."""
-    cache, _ = filled_cache(layout, 1, context)
-    keys = jax.random.split(jax.random.key(2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_prompt(plan: jmla.Plan, context: int, key: Array) -> Cache:
+    """One request's cache of random rows, its pages in order."""
+    cache = plan.init_cache(context // PAGE)
+    assert cache.index_keys is not None
+    widths = cache.rows.width, cache.index_keys.dim
     latents, index_keys = (
-        jax.random.normal(key, (context, width), jnp.bfloat16)
-        for key, width in zip(keys, (cache.rows.width, INDEX_DIM), strict=True)
+        jax.random.normal(each, (context, width), jnp.bfloat16)
+        for each, width in zip(jax.random.split(key), widths, strict=True)
     )
-    slots = jnp.arange(context, dtype=jnp.int32)
-    return jax.jit(jmla.append, donate_argnums=0)(cache, slots, latents, index_keys)
+    return jmla.append(cache, jnp.arange(context, dtype=jnp.int32), latents, index_keys)
 
 
-def host_layer(options: argparse.Namespace, prompt: Cache) -> HiSparseState:
-    """A layer's host-resident cache with the prompt in every row of the batch."""
-    pages = options.context // PAGE
-    sizes = HiSparseSizes(
-        requests=options.requests,
-        max_length=options.context,
-        page_size=PAGE,
-        num_pages=options.requests * pages,
-        num_buffer_pages=options.requests * -(-(BUFFER + 1) // PAGE),
-        device_buffer_size=BUFFER,
+@functools.partial(jax.jit, static_argnums=1)
+def _repeated(prompt: Cache, requests: int) -> Cache:
+    """The cache of as many requests with the same rows, their pages one after the other."""
+    return jax.tree.map(
+        lambda leaf: jnp.tile(leaf, (requests, *[1] * (leaf.ndim - 1))) if leaf.ndim else leaf,
+        prompt,
     )
-    pool = HiSparsePool.empty(sizes)
-    for request in range(options.requests):
-        pool = pool.reserve(request, options.context)
-    state = init_state(LAYOUTS[options.layout], sizes, index_dim=INDEX_DIM)
-    state = assign_pages(state, jnp.array(pool.page_table), jnp.array(pool.buffer_table))
-    in_order = jnp.arange(pages, dtype=jnp.int32)
-    length = jnp.int32(options.context - 64)
-    for request in range(options.requests):
-        state = _admit(state, jnp.int32(request), length, prompt, in_order)
-    return state
 
 
 _admit = jax.jit(admit, donate_argnums=0)
 
 
-@jax.jit
-def _host_step(
-    state: HiSparseState, q: Array, lens: Array, new: tuple[Array, Array], positions: Array
+def host_layer(
+    plan: jmla.Plan, requests: int, context: int, length: int, prompt: Cache
 ) -> tuple[HiSparseState, Array]:
-    latents, keys = (x[:, None] for x in new)
-    state = append(state, lens, latents, keys)
-    state, slots = swap_in(state, positions[:, None], lens)
-    out, _ = jmla.sparse_decode(q, state.buffer_rows, slots, sm_scale=SM_SCALE)
-    return state, out
+    """A layer's host-resident cache with the prompt in every row of the batch; its page table."""
+    pages = context // PAGE
+    assert plan.config.hisparse is not None
+    slots = plan.config.hisparse.buffer_rows(plan.config.index_topk) + 1
+    sizes = dataclasses.replace(
+        plan.hisparse_sizes(
+            requests=requests, max_length=context, num_buffer_pages=requests * -(-slots // PAGE)
+        ),
+        num_pages=requests * pages,
+    )
+    pool = HiSparsePool.empty(sizes)
+    for request in range(requests):
+        pool = pool.reserve(request, context)
+    state = plan.init_hisparse(sizes)
+    state = assign_pages(state, jnp.array(pool.page_table), jnp.array(pool.buffer_table))
+    in_order = jnp.arange(pages, dtype=jnp.int32)
+    for request in range(requests):
+        state = _admit(state, jnp.int32(request), jnp.int32(length), prompt, in_order)
+    return state, jnp.array(pool.page_table)
 
 
-@jax.jit
-def _full_step(
-    layer: tuple[Cache, Array], q: Array, lens: Array, new: tuple[Array, Array], positions: Array
-) -> tuple[tuple[Cache, Array], Array]:
-    cache, table = layer
-    own = paged_indices(lens[:, None] - 1, table, page_size=PAGE)
-    cache = jmla.append(cache, own[:, 0], *new)
-    slots = paged_indices(positions, table, page_size=PAGE)
-    out, _ = jmla.sparse_decode(q, cache.rows, slots[:, None], sm_scale=SM_SCALE)
-    return (cache, table), out
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(
+    plan: jmla.Plan, model: MLAConfig, params: Any, x: Array, layer: Layer, batch: jmla.BatchMeta
+) -> tuple[Array, Layer]:
+    normed = rms_norm(x, jnp.ones_like(x[0]), model.norm_eps)
+    attended = mla_attention(params, model, plan, normed, layer, batch, phase="decode")
+    return x + attended.out, attended.cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    kind: str, layers: Any, q: Array, lens: Array, new: tuple[Array, Array], selections: Array
-) -> tuple[Any, Array, Array]:
-    """A step of all layers for each of the selections; the layers after it."""
-    one = _host_step if kind == "hisparse" else _full_step
+    plan: jmla.Plan,
+    model: MLAConfig,
+    params: Sequence[Any],
+    layers: Sequence[Layer],
+    x: Array,
+    lens: Array,
+    page_table: Array,
+    key: Array,
+    turned: Array,
+) -> tuple[tuple[Layer, ...], Array, Array, Array]:
+    """`STEPS` steps of all layers: these after it, and inputs to go on from."""
 
-    def step(carry: Any, positions: Array) -> tuple[Any, None]:
-        layers, q, lens = carry
+    def step(carry: Any, key: Array) -> tuple[Any, Array]:
+        layers, x, lens = carry
         lens = lens + 1
-        # As in a model, a layer's selection has its newest token.
-        positions = positions.at[:, -1].set(lens - 1)
-        after = []
-        for layer in layers:
-            layer, out = one(layer, q, lens, new, positions)
-            # A layer's queries wait for the layer before it.
-            q = q.at[..., : out.shape[-1]].set(out)
-            after.append(layer)
-        return (tuple(after), q, lens), None
-
-    (layers, q, lens), _ = jax.lax.scan(step, (layers, q, lens), selections)
-    return layers, q, lens
-
-
-def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line for each share of new positions."""
-    b, kind = options.requests, options.kind
-    start = time.perf_counter()
-    prompt = random_prompt(options.layout, options.context)
-    layers: Any
-    if kind == "hisparse":
-        layers = tuple(host_layer(options, prompt) for _ in range(options.layers))
-        first = layers[0]
-        sizes = {"host_bytes": first.host_bytes, "device_bytes": first.device_bytes}
-    else:
-        layers = tuple(
-            filled_cache(options.layout, b, options.context) for _ in range(options.layers)
+        other = jax.random.normal(key, x.shape, jnp.float32)
+        x = (jnp.sqrt(1 - turned**2) * x.astype(jnp.float32) + turned * other).astype(x.dtype)
+        batch = jmla.make_batch(
+            lens, jnp.ones_like(lens), page_table, num_tokens=lens.size, page_size=PAGE
         )
-        cache = layers[0][0]
-        sizes = {"host_bytes": 0, "device_bytes": cache.num_slots * cache.bytes_per_token}
-    width = prompt.rows.width
+        h, after = x, []
+        for weights, layer in zip(params, layers, strict=True):
+            h, layer = _layer(plan, model, weights, h, layer, batch)
+            after.append(layer)
+        return (tuple(after), x, lens), h
+
+    carry = tuple(layers), x, lens
+    (after, x, lens), outs = jax.lax.scan(step, carry, jax.random.split(key, STEPS))
+    return after, x, lens, outs[-1]
+
+
+def measure(
+    options: argparse.Namespace, environment: records.Environment, model: MLAConfig = V32
+) -> Iterator[Record]:
+    """A line for each count of requests that does not fit, or two and more if it does."""
+    make = jax.jit(functools.partial(init_mla, config=model))
+    params = [make(key) for key in jax.random.split(jax.random.key(0), options.layers)]
+    weights_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    reserved = max(int(options.reserved_gb * GB), weights_bytes)
+    # In the place of the experts, for as long as this runs.
+    ballast = jax.block_until_ready(jnp.zeros(reserved - weights_bytes, jnp.uint8))
+    tried = itertools.chain(
+        (("full", b) for b in options.full), (("hisparse", b) for b in options.hisparse)
+    )
+    for kind, requests in tried:
+        line = Record(
+            case=f"kind={kind} layers={options.layers} b={requests} "
+            f"s_kv={options.context} h={model.num_heads} topk={model.index_topk} layout=656",
+            kind=kind,
+            requests=requests,
+            fits=True,
+            weights_bytes=weights_bytes,
+            reserved_bytes=weights_bytes + ballast.nbytes,
+            usable_bytes=(jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
+            environment=environment,
+        )
+        try:
+            yield from _measure_one(options, plan_of(kind, model), model, params, line)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            said = str(error).splitlines()[0]
+            yield dataclasses.replace(line, fits=False, error=said)
+        gc.collect()
+
+
+def _measure_one(
+    options: argparse.Namespace,
+    plan: jmla.Plan,
+    model: MLAConfig,
+    params: Sequence[Any],
+    line: Record,
+) -> Iterator[Record]:
+    b, pages = line.requests, options.context // PAGE
+    calls = WARMUP + options.calls
+    length = options.context - calls * STEPS
+    start = time.perf_counter()
+    prompt = random_prompt(plan, options.context, jax.random.key(1))
+    layers: tuple[Layer, ...]
+    if line.kind == "hisparse":
+        made = [host_layer(plan, b, options.context, length, prompt) for _ in params]
+        layers, page_table = tuple(layer for layer, _ in made), made[0][1]
+        host, device = made[0][0].host_bytes, made[0][0].device_bytes
+        del made
+    else:
+        layers = tuple(_repeated(prompt, b) for _ in params)
+        page_table = jnp.arange(b * pages, dtype=jnp.int32).reshape(b, pages)
+        host, device = 0, b * prompt.num_slots * prompt.bytes_per_token
     del prompt
     jax.block_until_ready(layers)
     filled_s = time.perf_counter() - start
-    q = jax.random.normal(jax.random.key(3), (b, 1, options.heads, width), jnp.bfloat16)
-    new = tuple(
-        jax.random.normal(jax.random.key(4 + i), (b, size), jnp.bfloat16)
-        for i, size in enumerate((width, INDEX_DIM))
-    )
-    lens = jnp.full(b, options.context - 64, jnp.int32)
+    x = jax.random.normal(jax.random.key(2), (b, model.hidden_size), jnp.bfloat16)
+    lens = jnp.full(b, length, jnp.int32)
+    turned, key = jnp.float32(0), jax.random.key(3)
     start = time.perf_counter()
-    group = jax.ShapeDtypeStruct((STEPS, b, TOPK), jnp.int32)
-    program = decode.lower(kind, layers, q, lens, new, group).compile()
+    program = decode.lower(plan, model, params, layers, x, lens, page_table, key, turned).compile()
     compiled_s = time.perf_counter() - start
-    for fresh in options.fresh:
-        case = Case("swap_in", b=b, fresh=fresh, topk=TOPK, buffer=BUFFER)
-        choices = np.stack(drifting(case, options.context - 64, TOPK))
-        groups = itertools.cycle(np.array_split(choices[:ROUNDS], ROUNDS // STEPS))
-        times = []
-        for selections in itertools.islice(groups, WARMUP + options.calls):
-            given = jnp.asarray(selections)
+    for number, share in enumerate(options.turned):
+        times, turned, missed = [], jnp.float32(share), 0.0
+        # The lengths start anew: what the steps before have appended is written over.
+        lens = jnp.full(b, length, jnp.int32)
+        for call in range(calls):
+            key = jax.random.key(1000 * number + call)
+            last = call == calls - 1
+            before = _tokens(layers) if last else []
             start = time.perf_counter()
-            layers, q, _ = program(layers, q, lens, new, given)
-            jax.block_until_ready(q)
+            layers, x, lens, out = program(params, layers, x, lens, page_table, key, turned)
+            jax.block_until_ready(out)
             times.append((time.perf_counter() - start) / STEPS)
+            if last and before:
+                changed = sum(
+                    int(jnp.sum(old != new))
+                    for old, new in zip(before, _tokens(layers), strict=True)
+                )
+                # A slot is not filled twice in so few steps while a step's misses are few.
+                missed = changed / (STEPS * len(params) * b * (model.index_topk - 1))
         step_s = statistics.median(times[WARMUP:])
-        yield {
-            "op": "hisparse_capacity",
-            "kind": kind,
-            "requests": b,
-            "layers": options.layers,
-            "context": options.context,
-            "layout": options.layout,
-            "heads": options.heads,
-            "fresh": fresh,
-            "step_ms": round(1e3 * step_s, 3),
-            "tokens_per_s": round(b / step_s, 1),
-            "layer_us": round(1e6 * step_s / options.layers, 1),
-            **{name: size * options.layers for name, size in sizes.items()},
-            "filled_s": round(filled_s, 1),
-            "compiled_s": round(compiled_s, 1),
-        }
+        yield dataclasses.replace(
+            line,
+            turned=share,
+            missed=missed,
+            step_ms=1e3 * step_s,
+            ours_us=1e6 * step_s / len(params),
+            tokens_per_s=b / step_s,
+            host_bytes=host * len(params),
+            device_bytes=device * len(params),
+            filled_s=filled_s,
+            compiled_s=compiled_s,
+        )
+
+
+def _tokens(layers: Sequence[Layer]) -> list[Array]:
+    """What the slots that the LRU rule manages hold, copied; of host-resident caches alone."""
+    return [
+        jnp.array(layer.residency.tokens[:, : layer.sizes.device_buffer_size])
+        for layer in layers
+        if isinstance(layer, HiSparseState)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line of JSON for each share of new positions."""
+    """Print a line of JSON for each measurement, and append it to a file if asked to."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
     options = parse_arguments(arguments)
-    environment = records.environment()
     console = Console(soft_wrap=True)
-    for line in measure(options):
-        line |= {"gpu": environment.gpu, "versions": environment.versions}
-        line |= {"commit": environment.commit, "date": environment.date}
-        console.print(json.dumps(line), markup=False, highlight=False)
+    for line in measure(options, records.environment(options.commit)):
+        if options.out:
+            records.append(line, options.out)
+        console.print(line.to_json(), markup=False, highlight=False)
 
 
 if __name__ == "__main__":
