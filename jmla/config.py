@@ -34,7 +34,8 @@ class HiSparseConfig:
             another value given here.
         device_buffer_size: rows of one request's device buffer; None is twice the top-k.
         host_to_device_ratio: tokens that host memory holds per token of device memory.
-        swap_in_block_size: threads of the block that swaps one request's rows in, 1 to 1024.
+        swap_in_block_size: threads of the block that swaps one request's rows in, 1 to 1024, as
+            serving engines write it; the kernel here chooses by the sizes.
 
     Raises:
         ValueError: for a value out of range, naming each.
