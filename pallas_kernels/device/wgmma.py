@@ -160,4 +160,7 @@ def commit() -> None:
 
 def wait(pending: int, values: Sequence[Value]) -> list[Value]:
     """Waits until at most `pending` groups run; `values` may be read if they are finished."""
+    if not values:
+        ptx(f"wgmma.wait_group.sync.aligned {pending};", convergent=True)
+        return []
     return fence_registers(values, f"wgmma.wait_group.sync.aligned {pending};")

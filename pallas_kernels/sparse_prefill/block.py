@@ -21,7 +21,7 @@ from pallas_kernels.device.simt import (
 from pallas_kernels.device.sync import BYTES, Barriers
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_decode.tuning import SHARED_BYTES, SLOTS, Shape
-from pallas_kernels.sparse_prefill.tuning import GROUPS, HEADS, STAGE_BYTES, WARPS
+from pallas_kernels.sparse_prefill.tuning import GROUPS, HEADS, SHARES, STAGE_BYTES, WARPS
 
 
 class SmallMemory(NamedTuple):
@@ -29,8 +29,8 @@ class SmallMemory(NamedTuple):
 
     Attributes:
         decided: per stage, its references are known.
-        weighted: per stage, its weights P are there, in place of its rotary values.
-        empty: per stage, it is no longer needed.
+        weighted: per stage and share, its weights P are there, in place of its rotary values.
+        empty: per stage and copying warp, the warp's rows are no longer needed.
         query_full: the query is there.
         query_empty: it is no longer needed.
         partial_full: what the second group knows of the whole softmax is there.
@@ -66,7 +66,8 @@ class SmallMemory(NamedTuple):
     @classmethod
     def layout(cls) -> "SmallMemory":
         """Laid out one after the other."""
-        sizes = [BYTES * GROUPS] * 3 + [2 * BYTES] * 6 + [4 * WARPS * GROUPS] * 2
+        sizes = [BYTES * GROUPS, BYTES * GROUPS * SHARES, BYTES * GROUPS * WARPS]
+        sizes += [2 * BYTES] * 6 + [4 * WARPS * GROUPS] * 2
         sizes += [4 * HEADS * GROUPS, 4 * HEADS, 3 * 4 * HEADS, 4 * HEADS]
         offsets, end = [], 0
         for size in sizes:
@@ -124,8 +125,8 @@ class Block:
             return Barriers(self.small + offset, count)
 
         self.decided = barriers(MEMORY.decided, GROUPS)
-        self.weighted = barriers(MEMORY.weighted, GROUPS)
-        self.empty = barriers(MEMORY.empty, GROUPS)
+        self.weighted = barriers(MEMORY.weighted, GROUPS * SHARES)
+        self.empty = barriers(MEMORY.empty, GROUPS * WARPS)
         self.query_full = barriers(MEMORY.query_full)
         self.query_empty = barriers(MEMORY.query_empty)
         self.partial_full = barriers(MEMORY.partial_full)

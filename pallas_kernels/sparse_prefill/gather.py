@@ -1,5 +1,7 @@
 """Bringing the query and the named rows into shared memory, by a warpgroup of scores."""
 
+from collections.abc import Sequence
+
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.memory import (
@@ -12,10 +14,10 @@ from pallas_kernels.device.memory import (
     store_shared,
 )
 from pallas_kernels.device.row_formats import TILE
-from pallas_kernels.device.simt import Value, ballot, i32, minimum, select, shuffle, when
+from pallas_kernels.device.simt import Value, ballot, i32, minimum, ptx, select, shuffle, when
 from pallas_kernels.sparse_decode.task import Task, row_or_first
 from pallas_kernels.sparse_prefill.block import MEMORY, Block
-from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, GROUPS, HEADS, PARTS, WARPS
+from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, GROUPS, HEADS, LANDINGS, PARTS, WARPS
 
 LANES = 8  # that copy a row together
 ROWS = 4  # that a warp copies at once
@@ -42,18 +44,34 @@ class Copier:
         """Begins to copy the rows in the slots of all lanes; zeros for those that are masked."""
         block = self.block
         latents = global_address(block.arrays["latents"])
-        for step in range(ROWS_OF_WARP // ROWS):
-            row = self.own + ROWS * step
-            named = shuffle(slot, row)
-            source = latents + row_or_first(named).wide() * ROW_BYTES
-            place = self.thread.warp * ROWS_OF_WARP + row
-            self._copy_row(block.tile(self.group), place, source, copied_bytes(named))
+        first = 0
+        for end in LANDINGS:
+            for step in range(ROWS_OF_WARP // ROWS):
+                row = self.own + ROWS * step
+                named = shuffle(slot, row)
+                source = latents + row_or_first(named).wide() * ROW_BYTES
+                place = self.thread.warp * ROWS_OF_WARP + row
+                parts, size = range(first, end), copied_bytes(named)
+                self._copy_row(block.tile(self.group), place, source, size, parts)
+            ptx("cp.async.commit_group;")
+            first = end
         rows = ballot(slot < 0) & ((1 << ROWS_OF_WARP) - 1)
         place = block.small + self.thread.warp * 4
         when(
             self.thread.lane.equals(0),
             lambda: store_shared(place, [rows], MEMORY.masked + 4 * WARPS * self.group),
         )
+
+    def refill(self, slot: Value, used: Value) -> None:
+        """`copy_keys` as soon as what this warp has copied before is no longer needed.
+
+        Args:
+            slot: see there.
+            used: how often the stage has been, before.
+        """
+        place = self.thread.warp + self.group * WARPS
+        self.block.empty.wait(place, used & 1)
+        self.copy_keys(slot)
 
     def copy_query(self, task: Task) -> None:
         """Begins to copy half of the heads, with zeros for those that do not exist."""
@@ -65,7 +83,7 @@ class Copier:
             head = task.first_head + row
             named = select(head < block.shape.heads, head, i32(-1))
             source = heads + row_or_first(named).wide() * ROW_BYTES
-            self._copy_row(block.query, row, source, copied_bytes(named))
+            self._copy_row(block.query, row, source, copied_bytes(named), range(PARTS + 1))
         block.query_full.arrive_on_copies(0)
 
     def prefetch_query(self, task: Task) -> None:
@@ -77,9 +95,11 @@ class Copier:
         source = global_address(block.arrays["q"]) + row * ROW_BYTES
         when(self.thread.index.equals(0) & (count > 0), lambda: prefetch(source, count * ROW_BYTES))
 
-    def _copy_row(self, tile: Value, row: Value, source: Value, size: Value) -> None:
-        """This lane's chunks of a row."""
+    def _copy_row(
+        self, tile: Value, row: Value, source: Value, size: Value, parts: Sequence[int]
+    ) -> None:
+        """This lane's chunks of some tiles of a row."""
         place = tile + row * wgmma.ROW_BYTES + ((self.lane ^ (row & 7)) << 4)
         source = source + (self.lane * CHUNK).wide()
-        for part in range(PARTS + 1):
+        for part in parts:
             copy(place + part * COLUMN_TILE, source + part * wgmma.ROW_BYTES, size)

@@ -22,7 +22,7 @@ from pallas_kernels.sparse_decode.tuning import SLOTS
 from pallas_kernels.sparse_prefill.block import Block, key_blocks, tasks_of
 from pallas_kernels.sparse_prefill.gather import Copier
 from pallas_kernels.sparse_prefill.softmax import BARRIER, Softmax, State
-from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, GROUPS, PARTS
+from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, GROUPS, LANDINGS, PARTS
 
 SIZE = TILE // 2  # logits of a thread
 
@@ -54,14 +54,12 @@ def scores(block: Block, group: int) -> None:
                 select(is_last, later_length, length),
                 select(is_last, i32(group), k * GROUPS + (GROUPS + group)),
             )
-            _landed(group)
             logits = wgmma.wait(0, _products(block, group))
             when(is_last, lambda: block.query_empty.arrive_warp(0, block.thread))
             state = softmax.weigh(logits, state, is_first=k.equals(0), theirs=theirs + (k + group))
 
             def refill() -> None:
-                block.empty.wait(group, (mine + k) & 1)
-                copier.copy_keys(following)
+                copier.refill(following, mine + k)
 
             when(k + 1 < own, refill)
             return [*state, following]
@@ -75,8 +73,7 @@ def scores(block: Block, group: int) -> None:
             ptx("cp.async.wait_all;")
             block.query_empty.wait(0, turn.phase)
             copier.copy_query(later)
-            block.empty.wait(group, (mine + own - 1) & 1)
-            copier.copy_keys(following)
+            copier.refill(following, mine + own - 1)
 
         when(index + SLOTS < last + 1, begin_later)
         softmax.finish(task, State(*done), turn)
@@ -87,21 +84,27 @@ def scores(block: Block, group: int) -> None:
     ptx("cp.async.wait_all;")
 
 
-def _landed(group: int) -> None:
-    """Waits for this stage's copies, by all threads of the warpgroup."""
-    ptx("cp.async.wait_all;")
+def _landed(group: int, pending: int) -> None:
+    """Waits for all but the latest groups of this stage's copies, by the whole warpgroup."""
+    ptx(f"cp.async.wait_group {pending};")
     proxy_fence()
     named_barrier(BARRIER + group, WARPGROUP)
 
 
 def _products(block: Block, group: int) -> list[Value]:
-    """Q K^T of this warpgroup's stage, issued, not finished."""
+    """Q K^T of this warpgroup's stage as it lands, issued, not finished."""
     # Opaque, or the descriptors of all steps would be kept in registers.
     a = wgmma.descriptor(opaque(block.query))
     b = wgmma.descriptor(opaque(block.tile(group)))
-    acc = wgmma.begin([f32(0.0)] * SIZE)
+    acc, begins = [f32(0.0)] * SIZE, (0, *LANDINGS[:-1])
     for step in range(4 * (PARTS + 1)):
         part, k = divmod(step, 4)
+        if k == 0 and part in begins:
+            if part:
+                wgmma.commit()
+            _landed(group, len(LANDINGS) - 1 - begins.index(part))
+            if not part:
+                acc = wgmma.begin(acc)
         offset = (part * COLUMN_TILE + 32 * k) >> 4
         acc = wgmma.step_from_shared(acc, a + offset, b + offset, dtype="bf16", b_is_k_major=True)
     wgmma.commit()

@@ -33,7 +33,7 @@ from pallas_kernels.sparse_decode.heads import (
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_prefill.block import MEMORY, Block
 from pallas_kernels.sparse_prefill.gather import ROWS_OF_WARP
-from pallas_kernels.sparse_prefill.tuning import HEADS, ROPE_TILE, WARPS
+from pallas_kernels.sparse_prefill.tuning import HEADS, ROPE_TILE, SHARES, WARPS
 
 BARRIER = 8  # of the first warpgroup; the other has the next
 ROWS = 2  # heads of a thread
@@ -105,17 +105,21 @@ class Softmax:
         )
         block.decided.arrive_warp(group, self.thread)
 
-        p = [exp2(x - reference[wgmma.row_of(i)]) for i, x in enumerate(logits)]
         # All warps have multiplied the rotary values that the weights replace.
         named_barrier(BARRIER + group, WARPGROUP)
         place = block.tile(group) + self.thread.warp * (ROWS * wgmma.PLAIN_MATRIX_BYTES)
         place = place + (opaque(self.thread.lane) << 2)
-        for i in range(0, len(p), 2):
-            offset = wgmma.row_of(i) * wgmma.PLAIN_MATRIX_BYTES
-            offset += (i >> 2) * wgmma.PLAIN_COLUMN_BYTES
-            store_shared(place, [pack_bf16(p[i], p[i + 1])], ROPE_TILE + offset)
-        proxy_fence()
-        block.weighted.arrive_warp(group, self.thread)
+        p: list[Value] = []
+        size = len(logits) // SHARES
+        for share in range(SHARES):
+            own = range(share * size, (share + 1) * size)
+            p += [exp2(logits[i] - reference[wgmma.row_of(i)]) for i in own]
+            for i in own[::2]:
+                offset = wgmma.row_of(i) * wgmma.PLAIN_MATRIX_BYTES
+                offset += (i >> 2) * wgmma.PLAIN_COLUMN_BYTES
+                store_shared(place, [pack_bf16(p[i], p[i + 1])], ROPE_TILE + offset)
+            proxy_fence()
+            block.weighted.arrive_warp(group * SHARES + share, self.thread)
         earlier = [state.reference, state.reference_1]
         totals = [
             total * exp2(earlier[r] - reference[r])

@@ -13,6 +13,9 @@ PARTS = RANK // COLUMNS  # tiles of 64 no-position columns; the next tile is the
 COLUMN_TILE = TILE * wgmma.ROW_BYTES  # bytes of 64 columns of 64 rows, keys or heads
 ROPE_TILE = PARTS * COLUMN_TILE
 STAGE_BYTES = (PARTS + 1) * COLUMN_TILE
+STEPS = TILE // 16  # of the second product; each has the rows that one warp has copied
+SHARES = 4  # of a stage's weights, and the values begin with the first
+LANDINGS = (3, 9)  # column tiles of a row that the tensor cores wait for, one time after another
 # Fewer for values, and the compiler runs their products one at a time.
 SCORES_REGISTERS, VALUES_REGISTERS = 96, 160
 

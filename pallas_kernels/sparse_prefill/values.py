@@ -2,12 +2,12 @@
 
 from pallas_kernels.device import wgmma
 from pallas_kernels.device.memory import global_address, load_shared, store_global
-from pallas_kernels.device.row_formats import RANK, TILE, pack_bf16
+from pallas_kernels.device.row_formats import RANK, pack_bf16
 from pallas_kernels.device.simt import Value, branch, f32, i32, loop, select, shuffle_xor, when
 from pallas_kernels.device.sync import Ring
 from pallas_kernels.sparse_decode.task import Task
 from pallas_kernels.sparse_prefill.block import MEMORY, Block, key_blocks
-from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, HEADS, ROPE_TILE, WARPS
+from pallas_kernels.sparse_prefill.tuning import COLUMN_TILE, HEADS, ROPE_TILE, SHARES, STEPS, WARPS
 
 PRODUCTS = 2  # of 128 columns: one of 256 would take more registers than a launch begins with
 SIZE = 64  # floats of a thread in one of them
@@ -25,9 +25,7 @@ def values(block: Block, half: int) -> None:
             phase = (phases >> stage) & 1
             block.decided.wait(stage, phase)
             acc = _decayed(block, acc, stage)
-            block.weighted.wait(stage, phase)
-            acc = _add(block, half, acc, stage)
-            block.empty.arrive_warp(stage, block.thread)
+            acc = _add(block, half, acc, stage, phase)
             return [*acc, phases ^ (i32(1) << stage)]
 
         zeros = [f32(0.0)] * (PRODUCTS * SIZE)
@@ -43,13 +41,21 @@ def values(block: Block, half: int) -> None:
     block.for_each_task([i32(0), *Ring.start(1).values()], one)
 
 
-def _add(block: Block, half: int, acc: list[Value], stage: Value) -> list[Value]:
-    """The accumulator with the keys of a stage."""
+def _add(block: Block, half: int, acc: list[Value], stage: Value, phase: Value) -> list[Value]:
+    """The accumulator with the keys of a stage.
+
+    The rows of a step are free as soon as it is done, weights included, which lie where the
+    rotary values of just these rows were.
+    """
     tile = block.tile(stage)
     a = wgmma.plain_descriptor(tile + ROPE_TILE)
     b = wgmma.descriptor(tile + half * (4 * COLUMN_TILE), COLUMN_TILE)
-    acc = wgmma.begin(acc)
-    for step in range(TILE // 16):
+    for step in range(STEPS):
+        share, rest = divmod(step, STEPS // SHARES)
+        if not rest:
+            block.weighted.wait(stage * SHARES + share, phase)
+        if not step:
+            acc = wgmma.begin(acc)
         for product in range(PRODUCTS):
             part = slice(product * SIZE, (product + 1) * SIZE)
             columns = (product * 2 * COLUMN_TILE + step * 2 * wgmma.ATOM_BYTES) >> 4
@@ -60,8 +66,16 @@ def _add(block: Block, half: int, acc: list[Value], stage: Value) -> list[Value]
                 dtype="bf16",
                 b_is_k_major=False,
             )
-    wgmma.commit()
-    return wgmma.wait(0, acc)
+        wgmma.commit()
+    for step in range(STEPS):
+        pending = STEPS - 1 - step
+        if pending:
+            # What the sums' registers hold is not looked at before all is done.
+            wgmma.wait(pending, [])
+        else:
+            acc = wgmma.wait(0, acc)
+        block.empty.arrive_warp(stage * WARPS + step, block.thread)
+    return acc
 
 
 def _decayed(block: Block, acc: list[Value], stage: Value) -> list[Value]:
