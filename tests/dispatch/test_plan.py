@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmla.batch import BatchMeta, make_batch
-from jmla.cache import Cache, append
+from jmla.cache import Cache
 from jmla.config import Config
 from jmla.dispatch.resolve import resolve
 from jmla.layouts.base import KVLayout
@@ -20,26 +20,21 @@ from tests.dispatch.plan_cases import (
     ALL,
     HEADS,
     PAGE,
-    PAGES,
     RANK,
     ROPE,
     SINK,
-    batch_of,
     check,
     decode_case,
     expected,
     expected_decode,
     expected_prefill,
     filled,
-    latents_of,
     plan_of,
-    poisoned,
     prefill_case,
     queries,
     readers,
     run_decode,
     run_prefill,
-    selection,
 )
 from tests.helpers import assert_close
 
@@ -119,46 +114,6 @@ def test_a_prompt_and_steps_from_the_dtype_alone(
     check(after, expected_decode(cache, 16, 0.09))
     for first, second in zip(before, after, strict=True):
         np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
-
-
-@pytest.mark.parametrize(
-    ("layout", "backend", "transform"),
-    [
-        (KVLayout.BF16, "flashmla_sparse", "PAGED"),
-        (KVLayout.BF16, "flashmla", "PAGE_TABLE"),
-        (KVLayout.FP8_NOPE_FP8_ROPE, "flashmla_kv", "PAGED"),
-        (KVLayout.FP8_NOPE_FP8_ROPE, "flashmla_sparse", "RAGGED"),
-        (KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE, "flashmla_kv", "PAGED"),
-        (KVLayout.FP4, "flashmla_sparse", "RAGGED"),
-        (KVLayout.FP8_V4, "flashmla_sparse", "RAGGED"),
-    ],
-)
-def test_a_prompt_gives_the_same_however_it_is_chunked(
-    layout: KVLayout, backend: str, transform: str
-) -> None:
-    plan = plan_of(layout, prefill_backend=backend)
-    assert plan.prefill.index_transform == transform
-    prompt = 129
-    q = queries(prompt, seed=5)
-
-    def run(chunks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        cache = poisoned(plan.init_cache(PAGES))
-        outs, lses, start = [], [], 0
-        for chunk in chunks:
-            end = start + chunk
-            batch = batch_of((0, end, 0), (0, chunk, 0), chunk)
-            cache = append(cache, batch.write_slots, latents_of(batch))
-            positions = selection(batch, 48, seed=6)
-            out, lse = plan.prefill(q[start:end], cache, batch, positions)
-            outs.append(np.asarray(out, np.float32))
-            lses.append(np.asarray(lse))
-            start = end
-        assert start == prompt
-        return np.concatenate(outs), np.concatenate(lses)
-
-    whole, parts = run((129,)), run((43, 43, 43))
-    assert_close(parts[0], whole[0], abs_tol=1e-3, rel_tol=2.01 / 128)
-    assert_close(parts[1], whole[1], abs_tol=1e-5, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [KVLayout.BF16, KVLayout.FP8_NOPE_FP8_ROPE])
