@@ -3,7 +3,8 @@
 python -m benchmarks sparse_decode
 python -m benchmarks sparse_decode --cases b128-h128,b1-h128 --layouts 656,bf16 --no-peer
 python -m benchmarks dense_decode --layouts bf16,576,fp4
-python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64
+python -m benchmarks sparse_prefill --cases n4096-h128,n4096-h64 --heat 1
+python -m benchmarks sparse_prefill --layouts 656,576,fp4 --ways direct,gather
 python -m benchmarks select_topk
 python -m benchmarks indexer_logits
 python -m benchmarks decode_step
@@ -11,6 +12,7 @@ python -m benchmarks cache --ops append,requantize
 python -m benchmarks hisparse --ops swap_in
 """
 
+import dataclasses
 import gc
 import os
 import sys
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         start = ops.PREPARED[options.op](options)
-        timer = TIMERS[options.timer]()
+        timer = dataclasses.replace(TIMERS[options.timer](), heat_s=options.heat)
         if options.timer != "wall" and jax.default_backend() != "gpu":
             raise ValueError(
                 f"--timer: {options.timer} needs a GPU, {jax.default_backend()=}; elsewhere only "

@@ -81,10 +81,16 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     op.add_argument(
         "--layouts",
         default="bf16",
-        help=f"of {','.join(LAYOUTS)} (default: %(default)s, the one that the peer reads)",
+        help=f"of {','.join(LAYOUTS)} (default: %(default)s; the peer reads 656, too)",
+    )
+    op.add_argument(
+        "--ways",
+        default="direct",
+        help="of direct,gather: reads rows in place, or copies of them in bf16 that it makes "
+        "first (default: %(default)s)",
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
-    _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
+    _add_common(op, "FlashMLA over bf16 or 656; needs PyTorch and sgl-flash-mla")
     op = ops.add_parser("select_topk", help=select_topk.__doc__)
     op.add_argument("--cases", default=",".join(TOPK_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
@@ -126,6 +132,13 @@ def _add_common(op: argparse.ArgumentParser, peer: str) -> None:
         default="cupti",
         help="cupti: sum of the kernels of a call; trace: from its first start to its last end; "
         "wall: the host's clock (default: %(default)s)",
+    )
+    op.add_argument(
+        "--heat",
+        type=float,
+        default=0.0,
+        help="seconds of the same calls right before those that are timed: the clock of a GPU "
+        "under load (default: %(default)s)",
     )
     op.add_argument("--out", type=Path, help="JSON lines to append to (default: one file per GPU)")
     op.add_argument("--commit", help="of the code (default: what git says)")
@@ -184,14 +197,15 @@ def _dense_decode(options: argparse.Namespace) -> Start:
 def _sparse_prefill(options: argparse.Namespace) -> Start:
     cases = chosen(options.cases, PREFILL_CASES, "--cases")
     layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
-    if options.peer and "bf16" in layouts:
+    ways = chosen(options.ways, {way: way for way in get_args(sparse_prefill.Way)}, "--ways")
+    if options.peer and {"bf16", "656"} & set(layouts):
         peers.check()
 
     def start(timer, ceilings, environment, failed):
         bench = sparse_prefill.Bench(
             timer, ceilings, environment, options.implementation, with_peer=options.peer
         )
-        return bench.run(cases, layouts, failed=failed)
+        return bench.run(cases, layouts, ways, failed=failed)
 
     return start
 

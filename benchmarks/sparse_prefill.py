@@ -1,10 +1,16 @@
-"""Sparse prefill over every cache layout, BF16 beside FlashMLA over the same rows."""
+"""Sparse prefill over every cache layout, BF16 and 656 beside FlashMLA over the same rows.
+
+The other layouts are read in two ways: the rows in place ("direct"), or copies of them in bf16 that
+the call makes first ("gather"). FlashMLA has both for 656, too: its decode kernel, a request for
+each query, and its prefill kernel over copies, which cost it what they cost us.
+"""
 
 import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +21,16 @@ import jmla
 from benchmarks import attention
 from benchmarks.floors import Ceilings, Gather
 from benchmarks.inputs import LAYOUTS, QUERY_STD, SM_SCALE, random_cache
-from benchmarks.peers import FlashMLAPrefill
+from benchmarks.peers import FlashMLA, FlashMLAPrefill
 from benchmarks.records import Environment, Record
 from benchmarks.timing import Timer
+from jmla._prefill_rows import gathered_rows
 from jmla.attention import Implementation
-from jmla.layouts import BF16Rows
+from jmla.batch import BatchMeta, make_batch
+from jmla.layouts import BF16Rows, BlockScaleRows, to_bytes
+
+Way = Literal["direct", "gather"]
+"""What the attention reads: the rows in place, or copies in bf16."""
 
 SHARED = 0.9  # of a query's clustered indices are those of the queries around it
 GROUP = 64  # queries that share them
@@ -104,51 +115,60 @@ class Bench:
         self,
         cases: Sequence[Case],
         layouts: Sequence[str],
+        ways: Sequence[Way] = ("direct",),
         *,
         failed: Callable[[str, Exception], None],
     ) -> Iterator[Record]:
-        """A record for each case over each layout.
+        """A record for each case over each layout, read in each way.
 
         Args:
             cases: what to measure.
             layouts: names of `LAYOUTS`.
+            ways: that are measured; there is nothing to copy of bf16.
             failed: gets the name and the reason of each case that has no record.
         """
-        for layout, case in itertools.product(layouts, cases):
+        for layout, case, way in itertools.product(layouts, cases, ways):
+            if layout == "bf16" and way != ways[0]:
+                continue
             try:
-                yield self._measure(case, layout)
+                yield self._measure(case, layout, "direct" if layout == "bf16" else way)
             # Whatever is wrong with one case must not cost the others their results.
             except Exception as error:
-                failed(f"{case.name} {layout}", error)
+                failed(f"{case.name} {layout} {way}", error)
 
-    def _measure(self, case: Case, layout: str) -> Record:
+    def _measure(self, case: Case, layout: str, way: Way) -> Record:
         rows = random_cache(LAYOUTS[layout], slots=case.s_kv, page_size=PAGE_SIZE)
         name = case.describe(layout)
         inputs = [_inputs(case, rows.width, seed) for seed in range(2)]
         q, indices = inputs[0]
         exact = attention.Exact.of(q, rows, indices, count=CHECKED)
-        attend = jax.jit(
-            functools.partial(
-                jmla.sparse_prefill, sm_scale=SM_SCALE, implementation=self.implementation
+        batch = _one_request(case)
+
+        @jax.jit
+        def attend(q, rows, slots):
+            if way == "gather":
+                rows = gathered_rows(rows, batch)
+            return jmla.sparse_prefill(
+                q, rows, slots, sm_scale=SM_SCALE, implementation=self.implementation
             )
-        )
+
         ours = attention.measure(
             attend,
             [(q, rows, slots) for q, slots in inputs],
             exact,
             self.timer,
-            what=f"ours, {name}",
+            what=f"ours, {way}, {name}",
         )
         peer = None
-        if self.with_peer and isinstance(rows, BF16Rows):
-            peer = FlashMLAPrefill.name, self._measure_peer(rows, inputs, exact, case, name)
+        if self.with_peer and isinstance(rows, BF16Rows | BlockScaleRows):
+            peer = FlashMLA.name, self._measure_peer(rows, inputs, exact, case, batch, way)
         gather = Gather.for_rows(rows.num_slots, rows.bytes_per_token)
         return attention.record(
             op="sparse_prefill",
             case=name,
             kind="clustered" if case.clustered else "uniform",
             scale_format=None,
-            implementation=self.implementation,
+            implementation=f"{self.implementation or 'default'}, {way}",
             rows=rows,
             indices=indices,
             flops=case.flops(rows.width, rows.value_dim),
@@ -163,19 +183,41 @@ class Bench:
 
     def _measure_peer(
         self,
-        rows: BF16Rows,
+        rows: BF16Rows | BlockScaleRows,
         inputs: Sequence[tuple[Array, Array]],
         exact: attention.Exact,
         case: Case,
-        name: str,
+        batch: BatchMeta,
+        way: Way,
     ) -> attention.Measured:
-        peer = FlashMLAPrefill.over(rows.flat().latents, sm_scale=SM_SCALE)
-        what = f"{peer.name}, {name}"
-        calls = [peer.call(*each) for each in inputs]
-        errors = exact.compare(*peer.results(calls[0](), case.h), what)
-        return attention.Measured(
-            self.timer.measure(itertools.cycle(calls), peer.wait, what=what), errors
-        )
+        what = f"FlashMLA, {way}, {case.name}"
+        copies_us = 0.0
+        if isinstance(rows, BlockScaleRows) and way == "direct":
+            decode = FlashMLA.over(to_bytes(rows), sm_scale=SM_SCALE)
+            metadata = decode.metadata()
+            calls = [decode.call(q[:, None], slots[:, None], metadata) for q, slots in inputs]
+            out, lse = decode.results(calls[0](), case.h)
+            wait: Any = decode.wait
+        else:
+            if isinstance(rows, BlockScaleRows):
+                copy = functools.partial(jax.jit(gathered_rows), rows, batch)
+                wait = jax.block_until_ready
+                copies_us = self.timer.measure(itertools.repeat(copy), wait, what="copies")
+                rows = copy()
+            prefill = FlashMLAPrefill.over(rows.flat().latents, sm_scale=SM_SCALE)
+            calls = [prefill.call(*each) for each in inputs]
+            out, lse = prefill.results(calls[0](), case.h)
+            wait = prefill.wait
+        errors = exact.compare(out, lse, what)
+        us = self.timer.measure(itertools.cycle(calls), wait, what=what)
+        return attention.Measured(us + copies_us, errors)
+
+
+def _one_request(case: Case) -> BatchMeta:
+    """All rows of the cache in their order, so that a copy lies where its row does."""
+    lens = (jnp.array([case.s_kv], jnp.int32), jnp.array([case.n], jnp.int32))
+    table = jnp.arange(-(-case.s_kv // PAGE_SIZE), dtype=jnp.int32)[None]
+    return make_batch(*lens, table, num_tokens=case.n, page_size=PAGE_SIZE)
 
 
 def _inputs(

@@ -43,11 +43,16 @@ class Timer(abc.ABC):
         warmup: calls before the measured ones: they compile, allocate and raise the clocks.
         calls: measured calls.
         cooldown_s: rest before them, so that one case's heat is not the next one's clock.
+        heat_s: the same calls for so long just before the measured ones. A GPU whose power is
+            limited lowers its clock under load, within about a second: the layers of a long
+            prompt run at that clock, a short series after a rest at a higher one. Only times of
+            the same `heat_s` can be compared.
     """
 
     warmup: int = 10
     calls: int = 32
     cooldown_s: float = 0.3
+    heat_s: float = 0.0
 
     def measure(self, calls: Iterator[Call], wait: Wait, *, what: str) -> float:
         """Microseconds of one call.
@@ -66,6 +71,9 @@ class Timer(abc.ABC):
         for _ in range(self.warmup):
             wait(next(calls)())
         gc.collect()
+        end = time.perf_counter() + self.heat_s
+        while self.heat_s and time.perf_counter() < end:
+            wait(next(calls)())
         return statistics.median(self.samples(calls, wait, what))
 
     @property
@@ -76,6 +84,10 @@ class Timer(abc.ABC):
     @abc.abstractmethod
     def samples(self, calls: Iterator[Call], wait: Wait, what: str) -> list[float]:
         """Microseconds of each of `self.calls` calls."""
+
+    @property
+    def _after(self) -> str:
+        return f", after {self.heat_s:g} s of the same calls" if self.heat_s else ""
 
     def _call_all(self, calls: Iterator[Call], wait: Wait) -> None:
         for _ in range(self.calls):
@@ -93,7 +105,7 @@ class KernelSumTimer(Timer):
     @property
     def method(self) -> str:
         """See `Timer.method`."""
-        return "cupti, sum of kernels"
+        return "cupti, sum of kernels" + self._after
 
     def samples(self, calls: Iterator[Call], wait: Wait, what: str) -> list[float]:
         """See `Timer.samples`."""
@@ -126,7 +138,7 @@ class SpanTimer(Timer):
     @property
     def method(self) -> str:
         """See `Timer.method`."""
-        return "profiler trace, first start to last end"
+        return "profiler trace, first start to last end" + self._after
 
     def samples(self, calls: Iterator[Call], wait: Wait, what: str) -> list[float]:
         """See `Timer.samples`."""
@@ -157,7 +169,7 @@ class WallTimer(Timer):
     @property
     def method(self) -> str:
         """See `Timer.method`."""
-        return "wall"
+        return "wall" + self._after
 
     def samples(self, calls: Iterator[Call], wait: Wait, what: str) -> list[float]:
         """See `Timer.samples`."""

@@ -27,7 +27,11 @@ def test_case_names():
 def test_a_tiny_case():
     bench = Bench(TIMER, CEILINGS, ENVIRONMENT, "xla", with_peer=False)
     failures: list[str] = []
-    (record,) = bench.run([TINY], ["bf16"], failed=lambda name, _: failures.append(name))
+    ways = ("direct", "gather")
+    records = bench.run([TINY], ["bf16", "656"], ways, failed=lambda name, _: failures.append(name))
+    record, *of_656 = records
+    assert [each.implementation for each in of_656] == ["xla, direct", "xla, gather"]
+    assert all(each.error < 6e-3 and each.bytes == 3 * 70 * 656 for each in of_656)
     assert not failures and record.op == "sparse_prefill"
     assert record.bytes == 3 * 70 * 1152 and 0 < record.unique_bytes <= 128 * 1152
     assert record.flops == 2 * 3 * 70 * 2 * (576 + 512)
