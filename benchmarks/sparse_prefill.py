@@ -199,12 +199,13 @@ class Bench:
             out, lse = decode.results(calls[0](), case.h)
             wait: Any = decode.wait
         else:
-            if isinstance(rows, BlockScaleRows):
+            copies = rows
+            if isinstance(copies, BlockScaleRows):
                 copy = functools.partial(jax.jit(gathered_rows), rows, batch)
                 wait = jax.block_until_ready
                 copies_us = self.timer.measure(itertools.repeat(copy), wait, what="copies")
-                rows = copy()
-            prefill = FlashMLAPrefill.over(rows.flat().latents, sm_scale=SM_SCALE)
+                copies = copy()
+            prefill = FlashMLAPrefill.over(copies.flat().latents, sm_scale=SM_SCALE)
             calls = [prefill.call(*each) for each in inputs]
             out, lse = prefill.results(calls[0](), case.h)
             wait = prefill.wait

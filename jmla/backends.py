@@ -15,7 +15,7 @@ from jmla.layouts.base import BLOCK_SCALE_TILE, FP4_BLOCK, V4_TILE, KVLayout
 from jmla.platforms import HOPPER, is_blackwell
 
 Phase = Literal["prefill", "decode"]
-Reads = Literal["direct", "gather_dequantize", "convert"]
+Reads = Literal["direct", "gather_dequantize", "convert", "fastest"]
 IndexTransform = Literal["PAGED", "RAGGED", "PAGE_TABLE"]
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -40,7 +40,8 @@ class Access:
     Attributes:
         layout: the layout of the cache.
         reads: "direct" reads the stored rows in place; "gather_dequantize" makes bf16 of the rows
-            it needs; "convert" re-packs the pages that the batch touches.
+            it needs; "convert" re-packs the pages that the batch touches; "fastest" is
+            one of the first two for each call. No row of the table has it: a plan comes to it.
         indices: "PAGED" are slots of the cache, "RAGGED" rows of the batch's gathered tokens;
             "PAGE_TABLE" takes no selection and attends to every token of the page table.
     """
@@ -232,10 +233,15 @@ def kernels_of(name: str, phase: Phase) -> tuple[Kernel, ...]:
 def kernels_over(name: str, phase: Phase, layout: KVLayout) -> tuple[Kernel, ...]:
     """Those of them that serve it over that layout."""
     how = access(name, phase, layout)
+    return kernels_reading(phase, how) if how else ()
+
+
+def kernels_reading(phase: Phase, how: Access) -> tuple[Kernel, ...]:
+    """The device kernels that read such a cache with such indices."""
     return tuple(
         kernel
-        for kernel in kernels_of(name, phase)
-        if how and kernel.indices == how.indices and layout in kernel.layouts
+        for kernel in KERNELS
+        if kernel.phase == phase and kernel.indices == how.indices and how.layout in kernel.layouts
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
+from jmla import _prefill_reads
 from jmla._dense_prefill import dense_prefill
 from jmla._prefill_rows import converted_pages, gathered_rows
 from jmla.attention import Implementation, dense_decode, sparse_decode, sparse_prefill
@@ -31,7 +32,8 @@ class PhasePlan:
         implementation: the code that was asked for; None is the best one that serves each call.
         layout: the layout of the cache.
         index_transform: "PAGED", "RAGGED", or "PAGE_TABLE" for dense attention.
-        reads: "direct", "gather_dequantize" or "convert".
+        reads: "direct", "gather_dequantize" (of all tokens of the batch, and RAGGED, in sparse
+            prefill), "convert", or "fastest" of the first two, which `PrefillPlan.reads_of` tells.
         num_heads: query heads on one device.
         sm_scale: factor of the logits.
         page_size: tokens per page.
@@ -59,6 +61,19 @@ class PhasePlan:
 
 class PrefillPlan(PhasePlan):
     """A prefill that can be called."""
+
+    def reads_of(self, tokens: int, topk: int, rows: int) -> Reads:
+        """How a call reads the cache: `reads`, or what "fastest" means for these sizes.
+
+        Args:
+            tokens: of the call's `q`.
+            topk: columns of its `positions`.
+            rows: tokens that its page table has room for, `b * max_pages * page_size`.
+        """
+        if self.reads != "fastest":
+            return self.reads
+        gathers = _prefill_reads.gathers(self.layout, self.num_heads, tokens, topk, rows)
+        return "gather_dequantize" if gathers else "direct"
 
     def __call__(
         self,
@@ -147,12 +162,14 @@ def _prefill(
         )
     positions = _visible(plan, positions, batch.lengths)
     rows: Rows
-    if plan.index_transform == "RAGGED":
+    room = batch.page_table.size * batch.page_size
+    reads = plan.reads_of(num_tokens, positions.shape[1], room)
+    if reads == "gather_dequantize":
         rows = gathered_rows(cache.rows, batch)
         indices = ragged_indices(positions, batch.ragged_offsets)
     else:
         rows, page_table = cache.rows, batch.page_table
-        if plan.reads == "convert":
+        if reads == "convert":
             rows, page_table = converted_pages(rows, batch)
         indices = paged_indices(
             positions, page_table, page_size=plan.page_size, requests=batch.token_request

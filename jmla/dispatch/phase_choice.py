@@ -6,6 +6,7 @@ That nothing here can see the other phase's setting is the point of this file.
 import dataclasses
 from typing import Self
 
+from jmla import _prefill_reads
 from jmla._mosaic_decode import layout_reasons
 from jmla.backends import (
     HISPARSE_BACKENDS,
@@ -16,12 +17,14 @@ from jmla.backends import (
     default_names,
     find_backend,
     kernels_of,
-    kernels_over,
+    kernels_reading,
     pick_auto,
 )
 from jmla.config import Config
 from jmla.layouts.base import KVLayout
-from jmla.platforms import describe_platform
+from jmla.platforms import HOPPER, describe_platform
+
+_ROOMS = (32768, 131072)  # tokens of a page table, as examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class SharedFacts:
         layout: the layout of the cache.
         rank: no-position values of a latent.
         rope_dim: rotary values of a latent.
+        num_heads: query heads on one device.
+        topk: positions that the selection gives each query.
         platform: a concrete platform.
         page_size: tokens per page.
         sinks: whether the model has attention sinks.
@@ -42,6 +47,8 @@ class SharedFacts:
     layout: KVLayout
     rank: int
     rope_dim: int
+    num_heads: int
+    topk: int
     platform: str
     page_size: int
     sinks: bool
@@ -55,6 +62,8 @@ class SharedFacts:
             layout=layout,
             rank=config.kv_lora_rank,
             rope_dim=config.rope_dim,
+            num_heads=config.num_heads,
+            topk=config.index_topk,
             platform=platform,
             page_size=config.page_size,
             sinks=config.attn_sink,
@@ -89,8 +98,10 @@ def choose_phase(phase: Phase, named: str | None, facts: SharedFacts) -> PhaseCh
         backend, why = _default(phase, facts)
     how = access(backend, phase, facts.layout)
     assert how is not None, (backend, phase, facts.layout)
+    if phase == "prefill" and named in (None, "flashmla_auto"):
+        how = _fastest(how, facts)
     runs = _what_runs(backend, phase, how, facts)
-    return PhaseChoice(backend, how, (why, _how_it_reads(how), runs))
+    return PhaseChoice(backend, how, (why, _how_it_reads(how, facts), runs))
 
 
 def fits(backend: Backend, facts: SharedFacts) -> bool:
@@ -98,6 +109,16 @@ def fits(backend: Backend, facts: SharedFacts) -> bool:
     return (not backend.page_sizes or facts.page_size in backend.page_sizes) and (
         backend.sinks or not facts.sinks
     )
+
+
+def _fastest(how: Access, facts: SharedFacts) -> Access:
+    """How a sparse prefill that nobody has named reads the cache, where a kernel serves it."""
+    served = facts.platform == HOPPER and facts.implementation in (None, "mosaic_gpu")
+    served &= not layout_reasons(facts.layout, facts.rank, facts.rope_dim)
+    if not served or how.indices == "PAGE_TABLE" or how.layout is KVLayout.BF16:
+        return how
+    copied = _prefill_reads.first_gathering(how.layout, facts.num_heads, facts.topk, rows=1)
+    return Access(how.layout, "direct" if copied is None else "fastest", "PAGED")
 
 
 def _default(phase: Phase, facts: SharedFacts) -> tuple[str, str]:
@@ -114,7 +135,7 @@ def _default(phase: Phase, facts: SharedFacts) -> tuple[str, str]:
     return backend, why
 
 
-def _how_it_reads(how: Access) -> str:
+def _how_it_reads(how: Access, facts: SharedFacts) -> str:
     match how.indices, how.reads:
         case "PAGE_TABLE", "direct":
             return "dense: attends to every token of the page table, whatever the selection"
@@ -132,6 +153,18 @@ def _how_it_reads(how: Access) -> str:
             return (
                 f"gathers the selected slots only and dequantises them from {how.layout.name} to "
                 "BF16; PAGED: positions become slots through the page table"
+            )
+        case _, "fastest":
+            least = [
+                _prefill_reads.first_gathering(how.layout, facts.num_heads, facts.topk, rows)
+                for rows in _ROOMS
+            ]
+            return (
+                f"reads {how.layout.name} rows in place, or gathers the batch's tokens once and "
+                f"dequantises them to BF16 where that was faster on an H200: with "
+                f"{facts.num_heads} heads from {least[0]} new tokens on if the page table has room "
+                f"for {_ROOMS[0]}, from {least[1]} on for {_ROOMS[1]}; PAGED: positions become "
+                "slots through the page table, or rows of the copies"
             )
         case _, "convert":
             return (
@@ -151,7 +184,7 @@ def _what_runs(backend: str, phase: Phase, how: Access, facts: SharedFacts) -> s
     where = describe_platform(facts.platform)
     if not any(facts.platform in kernel.platforms for kernel in kernels_of(backend, phase)):
         return f"runs on XLA: no device kernel serves {backend} {phase} on {where}"
-    if not kernels_over(backend, phase, how.layout):
+    if not kernels_reading(phase, how):
         return f"runs on XLA: no device kernel serves {backend} {phase} over {how.layout.name}"
     reasons = layout_reasons(facts.layout, facts.rank, facts.rope_dim)
     if reasons:

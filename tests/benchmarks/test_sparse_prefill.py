@@ -9,7 +9,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import ops, records
 from benchmarks.floors import Ceilings
-from benchmarks.sparse_prefill import CASES, Bench, Case, _inputs
+from benchmarks.sparse_prefill import CASES, Bench, Case, Way, _inputs
 from benchmarks.timing import WallTimer
 
 TIMER = WallTimer(warmup=1, calls=2, cooldown_s=0.0)
@@ -27,7 +27,7 @@ def test_case_names():
 def test_a_tiny_case():
     bench = Bench(TIMER, CEILINGS, ENVIRONMENT, "xla", with_peer=False)
     failures: list[str] = []
-    ways = ("direct", "gather")
+    ways: tuple[Way, ...] = ("direct", "gather")
     records = bench.run([TINY], ["bf16", "656"], ways, failed=lambda name, _: failures.append(name))
     record, *of_656 = records
     assert [each.implementation for each in of_656] == ["xla, direct", "xla, gather"]

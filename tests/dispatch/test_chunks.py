@@ -38,6 +38,6 @@ def test_a_prompt_gives_the_same_however_it_is_chunked(
         assert_close(mine[1], lse, abs_tol=1e-5, rel_tol=1e-6)
     if transform != "PAGE_TABLE":
         for token in (0, 70, 128):
-            mine = decoded(plan, prompt, cache, token)
-            assert_close(mine[0], out[token], abs_tol=1e-3, rel_tol=2.01 / 128)
-            assert_close(mine[1], lse[token], abs_tol=1e-5, rel_tol=1e-6)
+            step = decoded(plan, prompt, cache, token)
+            assert_close(step[0], out[token], abs_tol=1e-3, rel_tol=2.01 / 128)
+            assert_close(step[1], lse[token], abs_tol=1e-5, rel_tol=1e-6)

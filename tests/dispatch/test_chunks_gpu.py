@@ -1,6 +1,7 @@
 """The rule of chunked prefill through the Hopper kernels, and decode steps behind it."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,7 @@ RAW = KVLayout.FP8_NOPE_FP8_ROPE
 ROUNDING = 3.5e-3  # of two results of one token: twice that of bf16, and some
 
 
-def plan_of(layout: KVLayout, heads: int, **changes) -> Plan:
-    rank = {"kv_lora_rank": 448} if layout is KVLayout.FP8_V4 else {}
+def plan_of(layout: KVLayout, heads: int, **changes: Any) -> Plan:
     return resolve(
         Config(
             num_heads=heads,
@@ -32,7 +32,7 @@ def plan_of(layout: KVLayout, heads: int, **changes) -> Plan:
             layout=layout,
             index_topk=TOPK,
             index_head_dim=None,
-            **rank,
+            kv_lora_rank=layout.default_rank,
             **changes,
         )
     )

@@ -54,8 +54,9 @@ def test_the_plan_says_what_runs_its_decode(settings: dict[str, Any], reason: st
         ({"layout": RAW, "prefill_backend": "flashmla_sparse"}, RUNS),
         ({"layout": FP4}, RUNS),
         ({"layout": V4, "kv_lora_rank": 448}, RUNS),
+        ({"layout": V4, "kv_lora_rank": 448, "attn_sink": True}, RUNS),
         (
-            {"layout": V4, "kv_lora_rank": 448, "attn_sink": True},
+            {"layout": V4, "kv_lora_rank": 448, "prefill_backend": "flashmla_sparse"},
             "runs on XLA: no device kernel serves flashmla_sparse prefill over FP8_V4",
         ),
         ({"layout": BF16, "rope_dim": 32}, "these have 512 + 32"),

@@ -439,12 +439,12 @@ def test_the_explanation_tells_choices_reasons_and_bytes() -> None:
         "708 bytes per token and layer (576 latent + 132 index key)",
         "decode_backend='trtllm' cannot read",
         "flashmla_auto stands for flashmla_kv",
-        "re-packs the pages that the batch touches",
+        "reads FP8_NOPE_FP8_ROPE rows in place",
         "named by decode_backend='trtllm'",
         "runs on the device kernel for sm_90 (Hopper)",
     ):
         assert part in " ".join(text.split()), part
-    assert "\nprefill  flashmla_kv, PAGED indices, reads: convert\n" in text
+    assert "\nprefill  flashmla_kv, PAGED indices, reads: direct\n" in text
     assert max(map(len, text.splitlines())) <= 130
 
 
