@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from jmla import _xla_attention
+from jmla import _xla_attention, _xla_prefill
 from jmla._mosaic_decode import Queries, Shared, batchable, key_lists
 from jmla.layouts.base import Rows
 
@@ -48,7 +48,7 @@ def _with_derivatives_of_xla(
 
 def _by_xla(queries: Queries, shared: Shared) -> _Results:
     slots = _xla_attention.slot_list(shared.caches[0], queries.indices[0], queries.lengths[0])
-    return _xla_attention.prefill(
+    return _xla_prefill.prefill(
         queries.q, slots, sm_scale=shared.sm_scale, attn_sink=shared.attn_sink
     )
 

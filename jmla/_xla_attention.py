@@ -168,28 +168,6 @@ def dense_decode(
     return out, lse
 
 
-def prefill(
-    q: BFloat16[Array, "n h width"],
-    keys: KeyLists,
-    *,
-    sm_scale: float | Float[Array, ""],
-    attn_sink: Float[Array, " h"] | None,
-) -> tuple[BFloat16[Array, "n h value"], Float[Array, "n h"], Float[Array, "n h"]]:
-    """out, max_logits and lse of the tokens of prompts, each with a `slot_list` of its own."""
-    results = attend(
-        q[:, None],
-        [keys],
-        page_sizes=(1,),
-        sm_scale=sm_scale,
-        attn_sink=attn_sink,
-        rows_per_step=widest_step(keys.pages.shape[-1]),
-        cpu_rows_per_step=CPU_PREFILL_ROWS_PER_STEP,
-        num_splits=1,
-    )
-    out, max_logits, lse = (x[:, 0] for x in results)
-    return out, max_logits, lse
-
-
 def widest_step(num_keys: int) -> int:
     """How many rows with lists of `num_keys` fit in a step: fewer steps keep a GPU busier.
 
@@ -226,6 +204,8 @@ def _attend_loop(
         [(in_steps(each.pages, -1), in_steps(each.lengths, 0)) for each in lists],
     )
 
+    # Derivatives compute a step anew: what all steps gathered and weighed would not fit in memory.
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop keeps them apart
     def step(operands):
         merged_q, tables = operands
         q = merged_q.reshape(rows_per_step, tokens, heads, width)

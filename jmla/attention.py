@@ -47,6 +47,7 @@ from jmla import (
     _mosaic_dense,
     _mosaic_prefill,
     _xla_attention,
+    _xla_prefill,
     reference,
 )
 from jmla.layouts.base import Rows
@@ -190,7 +191,7 @@ def sparse_prefill(
         )
 
     slots = _xla_attention.slot_list(rows, indices, topk_length)
-    return _xla_attention.prefill(q, slots, sm_scale=sm_scale, attn_sink=attn_sink)
+    return _xla_prefill.prefill(q, slots, sm_scale=sm_scale, attn_sink=attn_sink)
 
 
 def dense_decode(

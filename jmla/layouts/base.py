@@ -212,12 +212,12 @@ def _take(leaf: Array, slots: Int[Array, "..."]) -> Array:
     if leaf.shape[0] == 0:  # JAX refuses to gather from an empty axis
         return jnp.zeros((*slots.shape, *leaf.shape[1:]), leaf.dtype)
     taken = movable(leaf).at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return jax.lax.bitcast_convert_type(taken, leaf.dtype)
+    return _moved(taken, leaf)
 
 
 def _put(leaf: Array, slots: Int[Array, "..."], rows: Array) -> Array:
     stored = movable(leaf).at[slots].set(movable(rows), mode="drop", wrap_negative_indices=False)
-    return jax.lax.bitcast_convert_type(stored, leaf.dtype)
+    return _moved(stored, leaf)
 
 
 def movable(leaf: Array) -> Array:
@@ -226,6 +226,14 @@ def movable(leaf: Array) -> Array:
     if leaf.dtype.itemsize == 1:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint8)
     return leaf
+
+
+def _moved(moved: Array, leaf: Array) -> Array:
+    """What was moved, in the leaf's dtype again."""
+    # A bitcast has no derivative, even one that changes nothing.
+    if moved.dtype == leaf.dtype:
+        return moved
+    return jax.lax.bitcast_convert_type(moved, leaf.dtype)
 
 
 def page_slots(

@@ -54,3 +54,24 @@ def test_decode_to_a_million_keys():
     # Off the CPU the eight lists of slots are padded to a step of sixteen rows.
     lists = 0 if jax.default_backend() == "cpu" else DECODE_ROWS_PER_STEP * (1 << 20) * 4
     assert used < 48 * MIB + lists
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_derivatives_of_prefill(heads: int):
+    """Keeping what every query gathered and weighed would take 20 GiB for 4096 of 128 heads."""
+
+    def loss(q, rows, indices, sm_scale):
+        out, _, lse = sparse_prefill(q, rows, indices, sm_scale=sm_scale)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    def gradient(*args, sm_scale):
+        return jax.grad(loss, argnums=(0, 1))(*args, sm_scale)
+
+    used = []
+    for tokens in (512, 1024):
+        shapes = [shaped(tokens, heads, 576), rows(1 << 14)]
+        used.append(temp_bytes(gradient, *shapes, shaped(tokens, 2048, dtype=jnp.int32)))
+    # The cotangent of out in f32 and copies of the queries in whole steps grow with them.
+    queries = 512 * heads * 576 * 2
+    assert max(used) < 560 * MIB
+    assert used[1] - used[0] < 4 * queries + 8 * MIB

@@ -12,7 +12,16 @@ from jmla import _implementation, _mosaic_prefill
 from jmla.attention import sparse_prefill
 from jmla.layouts import BF16Rows, KVLayout
 from tests.attention.cases import SCALE, random_indices, random_queries, random_rows
-from tests.attention.exact import BF16, FORMATS, FP4, PAGED_V4, POW2, V4, rows_of
+from tests.attention.exact import (
+    BF16,
+    FORMATS,
+    FP4,
+    PAGED_V4,
+    POW2,
+    V4,
+    relative_error,
+    rows_of,
+)
 from tests.attention.stand_in import stand_in
 from tests.helpers import assert_close
 
@@ -120,6 +129,38 @@ def test_derivatives_are_those_of_xla(calls):
         assert_close(mine, theirs, abs_tol=2e-2, rel_tol=1e-2)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_gradients_of_rows_and_queries_against_f32(calls, implementation):
+    """Rows that most queries name: sums in bf16 would lose what is small beside the sum."""
+    n, slots, topk = 256, 32, 16
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = (0.3 * jax.random.normal(keys[0], (n, 2, 576))).astype(jnp.bfloat16)
+    latents = jax.random.normal(keys[1], (slots, 576)).astype(jnp.bfloat16)
+    weights = 0.3 + jax.random.normal(keys[2], (n, 2, 512))
+    indices = random_indices(2, n, topk, slots=slots, bad=0)
+
+    def loss(q, latents):
+        rows = BF16Rows(latents, rank=512, rope_dim=64)
+        out, _, lse = sparse_prefill(
+            q, rows, indices, sm_scale=0.1352, implementation=implementation
+        )
+        return jnp.sum(out.astype(jnp.float32) * weights) + lse.sum()
+
+    def exact(q, latents):
+        keys = latents[indices]
+        logits = 0.1352 * jnp.einsum("nhd,nkd->nhk", q, keys, precision="highest")
+        p = jax.nn.softmax(logits, axis=-1)
+        out = jnp.einsum("nhk,nkd->nhd", p, keys[..., :512], precision="highest")
+        return jnp.sum(out * weights) + jax.nn.logsumexp(logits, axis=-1).sum()
+
+    wanted = jax.grad(exact, argnums=(0, 1))(q.astype(jnp.float32), latents.astype(jnp.float32))
+    for mine, theirs in zip(jax.grad(loss, argnums=(0, 1))(q, latents), wanted, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        ours = np.asarray(mine, np.float64)
+        assert relative_error(ours, np.asarray(theirs, np.float64)) < 5e-3
+    assert bool(calls) == (implementation == "mosaic_gpu")
+
+
 def test_none_takes_the_kernel_on_hopper_alone(calls, monkeypatch):
     q, rows = random_queries(0, 2, 3, width=576), rows_of(POW2, 1, 3, 7)
     indices = random_indices(2, 2, 9, slots=21)
@@ -149,7 +190,8 @@ def test_every_reason_against_the_kernel_is_told():
         ({"layout": KVLayout.BF16}, "bf16"),
         ({"layout": KVLayout.FP8_NOPE_FP8_ROPE, "prefill_backend": "flashmla_sparse"}, "bf16"),
         ({"layout": KVLayout.FP8_NOPE_FP8_ROPE, "prefill_backend": "trtllm"}, "fp8"),
-        ({"layout": KVLayout.FP4}, "bf16"),
+        ({"layout": KVLayout.FP4}, "fp4"),
+        ({"layout": KVLayout.FP4, "prefill_backend": "flashmla_sparse"}, "bf16"),
     ],
 )
 def test_a_plans_prefill_reaches_the_kernel(calls, monkeypatch, settings: Any, form: str):
