@@ -51,6 +51,21 @@ _AUTO = """\
 `flashmla_kv` for the FP8 layouts (on Blackwell `flashmla_sparse` for block scales),
 `flashmla_sparse` for the others and for models with attention sinks."""
 
+_FASTEST = """\
+A prefill that is left to jmla, or to `flashmla_auto`, need not read as the table says: on Hopper,
+where the kernels serve both ways, a call reads rows of few bits in place or gathers them first,
+whichever was faster on an H200 for its heads, tokens and page table. The plan says from how many
+tokens on (`str(plan)`), and for any sizes (`plan.prefill.reads_of`). A named backend reads as
+named."""
+
+_CHUNKS = """\
+One rule holds for every backend, layout and chunk: **a query attends to stored rows, its own
+chunk's included**. Append a chunk first, then call the phase. What a layout rounds away is then
+gone for old and new rows alike, so that a prompt gives the same results however it is chunked, a
+decode step those of prefill at its position, and prefix caching changes nothing. *The same* is up
+to rounding: the shapes of a call choose the kernel's blocks and the way to read, and block scales
+of `scale_format="fp32"` are rounded with their values to BF16 where rows are gathered."""
+
 _FP4 = """\
 An FP4 cache needs both phases to read it; the two may differ, with a warning that names both. The
 serving engine's rule let any two different backends through and failed later; here each phase is
@@ -73,6 +88,8 @@ def support_document() -> str:
             for phase in PHASES
         ),
         _AUTO,
+        _FASTEST,
+        "## Chunked prefill and prefixes\n\n" + _CHUNKS,
         "## Which pairs share a cache\n\n"
         + _table(["layout", "prefill", "decode"], _pair_rows())
         + "\n\nAny prefill of a row works with any decode of the same row.",
