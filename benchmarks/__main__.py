@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         start = ops.PREPARED[options.op](options)
-        timer = dataclasses.replace(TIMERS[options.timer](), heat_s=options.heat)
+        at_rest = TIMERS[options.timer]()
+        timer = dataclasses.replace(at_rest, heat_s=options.heat)
         if options.timer != "wall" and jax.default_backend() != "gpu":
             raise ValueError(
                 f"--timer: {options.timer} needs a GPU, {jax.default_backend()=}; elsewhere only "
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         environment = records.environment(options.commit)
         log.print(f"{environment.gpu}, {environment.versions}, {timer.method}", markup=False)
-        ceilings = measure_ceilings(timer, copy_bytes=COPY_BYTES, matmul_size=MATMUL_SIZE)
+        ceilings = measure_ceilings(at_rest, copy_bytes=COPY_BYTES, matmul_size=MATMUL_SIZE)
         log.print(f"copy {ceilings.copy_gbps:.0f} GB/s, matmul {ceilings.matmul_tflops:.0f} TFLOPS")
     except (ValueError, ModuleNotFoundError, MeasurementError) as error:
         log.print(f"error: {error}", markup=False, highlight=False)

@@ -28,15 +28,15 @@ class _Times(NamedTuple):
 
 
 _TIMES = {
-    _BLOCK: _Times((347, 400, 600, 580), 0.8),
-    _RAW: _Times((347, 400, 600, 562), 0.8),
-    KVLayout.FP4: _Times((347, 400, 667, 667), 0.8),
+    _BLOCK: _Times((351, 427, 611, 585), 1.0),
+    _RAW: _Times((312, 374, 552, 542), 1.0),
+    KVLayout.FP4: _Times((421, 476, 676, 665), 1.8),
 }
 LAYOUTS = tuple(_TIMES)
 """Those that can be read in both ways."""
 
 _BF16 = 440  # a query of 2048 keys in bf16, with each 64 heads or part of them
-_LAUNCHES = 20_000  # of what makes the copies
+_LAUNCHES = 10_000  # of what makes the copies
 
 
 def gathers(layout: KVLayout, heads: int, tokens: int, topk: int, rows: int) -> bool:

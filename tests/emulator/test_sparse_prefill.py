@@ -116,19 +116,3 @@ def test_weights_are_stored_without_bank_conflicts(monkeypatch: pytest.MonkeyPat
     rows, indices = rows_of(BF16, 1, 90), random_indices(2, 1, 100, slots=90)
     prefill(queries(0, 1, 64), rows, indices)
     assert conflicts.ways["weigh"] == 1
-
-
-def test_a_pair_of_blocks_gives_the_bits_of_single_ones(monkeypatch: pytest.MonkeyPatch):
-    """Whatever the order of the warpgroups of both; tasks of no key among others."""
-    lengths = np.array([200, 0, 65, 1, 129, 0, 64], np.int32)
-    n = len(lengths)
-    indices = random_indices(2, n, 200, slots=300, bad=0.2)
-    used = np.where(np.arange(200) < lengths[:, None], np.asarray(indices), -1)
-    rows, q = poison_all(rows_of(BF16, 1, 300), used), queries(0, n, 66)
-    ours = prefill(q, rows, indices, topk_length=lengths)
-    assert_exact_prefill(ours, exact_prefill(q, rows, indices, topk_length=lengths))
-    single = prefill(q[:, :64], rows, indices, topk_length=lengths)
-    same_bits(tuple(x[:, :64] for x in ours), single)
-    for seed in range(1, 4):
-        monkeypatch.setattr(kernels().launcher, "seed", seed)
-        same_bits(prefill(q, rows, indices, topk_length=lengths), ours)
