@@ -11,6 +11,7 @@ from pallas_kernels.device.simt import (
     bool_to_int,
     i32,
     i32_type,
+    i64,
     i64_type,
     ptx,
     select,
@@ -20,9 +21,23 @@ CHUNK = 16  # bytes of one copy
 WORD = 4
 
 
-def copy(destination: Value, source: Value, size: Value) -> None:
-    """Begins to copy a chunk to shared memory: `size` bytes of it, and zeros for the rest."""
-    ptx(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}, $2;", destination, source, size)
+# What L2 does with lines that an access names: policies as `createpolicy` makes them, for all of an
+# access.
+KEPT = 0x14F0000000000000  # evicted last
+READ_ONCE = 0x12F0000000000000  # evicted first
+
+
+def copy(destination: Value, source: Value, size: Value, policy: int | None = None) -> None:
+    """Begins to copy a chunk to shared memory: `size` bytes of it, and zeros for the rest.
+
+    `policy` is `KEPT` or `READ_ONCE`; None leaves it to L2.
+    """
+    operands = [destination, source, size]
+    if policy is None:
+        ptx(f"cp.async.cg.shared.global [$0], [$1], {CHUNK}, $2;", *operands)
+    else:
+        text = f"cp.async.cg.shared.global.L2::cache_hint [$0], [$1], {CHUNK}, $2, $3;"
+        ptx(text, *operands, i64(policy))
 
 
 def copy_word(destination: Value, source: Value, size: Value) -> None:
@@ -119,14 +134,15 @@ def load_global_byte(address: Value, offset: int = 0) -> Value:
     return ptx(f"ld.global.nc.u8 $0, [$1+{offset}];", address, out="r")[0]
 
 
-def store_global(address: Value, values: Sequence[Value], offset: int = 0) -> None:
-    """Stores 1, 2 or 4 words of 32 bits."""
+def store_global(
+    address: Value, values: Sequence[Value], offset: int = 0, *, streams: bool = False
+) -> None:
+    """Stores 1, 2 or 4 words of 32 bits, which soon leave L2 if they are one of a stream."""
     kind = "f" if values[0].is_float else "r"
-    ptx(
-        f"st.global{_vector(kind * len(values))} [$0+{offset}], {_words(kind * len(values), 1)};",
-        address,
-        *values,
-    )
+    how = ".cs" if streams else ""
+    kinds = kind * len(values)
+    text = f"st.global{how}{_vector(kinds)} [$0+{offset}], {_words(kinds, 1)};"
+    ptx(text, address, *values)
 
 
 def store_global_byte(address: Value, value: Value, offset: int = 0) -> None:

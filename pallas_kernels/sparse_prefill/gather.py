@@ -6,6 +6,8 @@ from pallas_kernels.device import wgmma
 from pallas_kernels.device.formats import FORMATS
 from pallas_kernels.device.memory import (
     CHUNK,
+    KEPT,
+    READ_ONCE,
     copied_bytes,
     copy,
     global_address,
@@ -52,7 +54,7 @@ class Copier:
                 source = latents + row_or_first(named).wide() * ROW_BYTES
                 place = self.thread.warp * ROWS_OF_WARP + row
                 parts, size = range(first, end), copied_bytes(named)
-                self._copy_row(block.tile(self.group), place, source, size, parts)
+                self._copy_row(block.tile(self.group), place, source, size, parts, KEPT)
             ptx("cp.async.commit_group;")
             first = end
         rows = ballot(slot < 0) & ((1 << ROWS_OF_WARP) - 1)
@@ -83,7 +85,8 @@ class Copier:
             head = task.first_head + row
             named = select(head < block.shape.heads, head, i32(-1))
             source = heads + row_or_first(named).wide() * ROW_BYTES
-            self._copy_row(block.query, row, source, copied_bytes(named), range(PARTS + 1))
+            size, parts = copied_bytes(named), range(PARTS + 1)
+            self._copy_row(block.query, row, source, size, parts, READ_ONCE)
         block.query_full.arrive_on_copies(0)
 
     def prefetch_query(self, task: Task) -> None:
@@ -96,10 +99,16 @@ class Copier:
         when(self.thread.index.equals(0) & (count > 0), lambda: prefetch(source, count * ROW_BYTES))
 
     def _copy_row(
-        self, tile: Value, row: Value, source: Value, size: Value, parts: Sequence[int]
+        self,
+        tile: Value,
+        row: Value,
+        source: Value,
+        size: Value,
+        parts: Sequence[int],
+        policy: int,
     ) -> None:
         """This lane's chunks of some tiles of a row."""
         place = tile + row * wgmma.ROW_BYTES + ((self.lane ^ (row & 7)) << 4)
         source = source + (self.lane * CHUNK).wide()
         for part in parts:
-            copy(place + part * COLUMN_TILE, source + part * wgmma.ROW_BYTES, size)
+            copy(place + part * COLUMN_TILE, source + part * wgmma.ROW_BYTES, size, policy)

@@ -112,6 +112,6 @@ def _store(block: Block, task: Task, half: int, acc: list[Value]) -> None:
             column = ((thread.column & 1) << 3) + ((thread.column >> 1) << 2) + 256 * half
             row = out + (task.result_row(head) * RANK + column.wide()) * 2
             for k, pair in enumerate(exchanged):
-                store_global(row, pair, 32 * k)
+                store_global(row, pair, 32 * k, streams=True)
 
         when(head < block.shape.heads, store)

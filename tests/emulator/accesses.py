@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.emulator import boxes
+from tests.emulator.faults import Fault
 from tests.emulator.lanes import LANES, WARP
 from tests.emulator.ptx import instruction
 from tests.emulator.warpgroup import WARPS, current
@@ -59,7 +60,7 @@ def store_shared_half(match: re.Match, address: np.ndarray, value: np.ndarray) -
     current().block.shared.store_half(address, value)
 
 
-@instruction(r"st\.global(\.v[24])?\.[bf]32", targets=0)
+@instruction(r"st\.global(\.cs)?(\.v[24])?\.[bf]32", targets=0)
 def store_global(match: re.Match, address: np.ndarray, value: Any) -> None:
     current().block.memory.store(address, _rows(value))
 
@@ -77,8 +78,12 @@ def _word(value: Any) -> np.ndarray:
     return np.broadcast_to(value, LANES).astype(np.uint32)
 
 
-@instruction(r"cp\.async\.(cg|ca)\.shared\.global", targets=0)
-def copy(match: re.Match, place: Any, source: Any, chunk: int, size: Any) -> None:
+@instruction(r"cp\.async\.(cg|ca)\.shared\.global(\.L2::cache_hint)?", targets=0)
+def copy(
+    match: re.Match, place: Any, source: Any, chunk: int, size: Any, policy: Any = None
+) -> None:
+    if (policy is not None) != bool(match[2]):
+        raise Fault(f"{match[0]} {policy=}: expected a policy with a hint alone")
     current().copies.begin(place, source, chunk, size)
 
 
