@@ -12,6 +12,7 @@ from benchmarks import (
     cache_peer,
     decode_step,
     dense_decode,
+    dense_prefill,
     hisparse,
     indexer_logits,
     peers,
@@ -35,6 +36,7 @@ Start = Callable[..., Iterator[Any]]
 
 CASES = {case.name: case for case in sparse_decode.CASES}
 DENSE_CASES = {case.name: case for case in dense_decode.CASES}
+DENSE_PREFILL_CASES = {case.name: case for case in dense_prefill.CASES}
 PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
 LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
@@ -76,6 +78,13 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     )
     op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
     _add_common(op, "FlashMLA over bf16; needs PyTorch and sgl-flash-mla")
+    op = ops.add_parser("dense_prefill", help=dense_prefill.__doc__)
+    op.add_argument(
+        "--cases", default=",".join(DENSE_PREFILL_CASES), help="names (default: %(default)s)"
+    )
+    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    _add_common(op, "nothing: both ways are always timed")
+    op.set_defaults(peer=False)
     op = ops.add_parser("sparse_prefill", help=sparse_prefill.__doc__)
     op.add_argument("--cases", default=",".join(PREFILL_CASES), help="names (default: %(default)s)")
     op.add_argument(
@@ -194,6 +203,16 @@ def _dense_decode(options: argparse.Namespace) -> Start:
     return start
 
 
+def _dense_prefill(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, DENSE_PREFILL_CASES, "--cases")
+
+    def start(timer, ceilings, environment, failed):
+        bench = dense_prefill.Bench(timer, ceilings, environment, options.implementation)
+        return bench.run(cases, failed=failed)
+
+    return start
+
+
 def _sparse_prefill(options: argparse.Namespace) -> Start:
     cases = chosen(options.cases, PREFILL_CASES, "--cases")
     layouts = chosen(options.layouts, {name: name for name in LAYOUTS}, "--layouts")
@@ -285,6 +304,7 @@ def _hisparse(options: argparse.Namespace) -> Start:
 PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "sparse_decode": _sparse_decode,
     "dense_decode": _dense_decode,
+    "dense_prefill": _dense_prefill,
     "sparse_prefill": _sparse_prefill,
     "select_topk": _select_topk,
     "indexer_logits": _indexer_logits,
@@ -295,6 +315,7 @@ PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
 TABLES: dict[str, Callable[[Any], Table]] = {
     "sparse_decode": records.table,
     "dense_decode": records.table,
+    "dense_prefill": dense_prefill.table,
     "sparse_prefill": records.table,
     "select_topk": select_topk.table,
     "indexer_logits": indexer_logits.table,
