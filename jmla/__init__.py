@@ -6,6 +6,7 @@ from jmla.cache import Cache, append, init_cache
 from jmla.config import Config, HiSparseConfig
 from jmla.dispatch.fp4 import FP4CompatibilityError
 from jmla.dispatch.resolve import alternatives, resolve, valid_pairs
+from jmla.gqa import gqa_decode
 from jmla.indexer import (
     force_tokens,
     indexer_logits,
@@ -14,6 +15,7 @@ from jmla.indexer import (
 )
 from jmla.layouts import (
     IndexKeyRows,
+    KeyValueRows,
     KVLayout,
     Rows,
     convert,
@@ -21,7 +23,9 @@ from jmla.layouts import (
     from_bytes,
     quantize,
     quantize_index_keys,
+    quantize_key_values,
     to_bytes,
+    zero_key_values,
 )
 from jmla.pages import move_pages
 from jmla.plan import Plan
@@ -45,6 +49,7 @@ __all__ = [
     "HiSparseConfig",
     "IndexKeyRows",
     "KVLayout",
+    "KeyValueRows",
     "Plan",
     "RawLatents",
     "Rows",
@@ -55,6 +60,7 @@ __all__ = [
     "dequantize",
     "force_tokens",
     "from_bytes",
+    "gqa_decode",
     "identity_topk",
     "indexer_logits",
     "init_cache",
@@ -66,6 +72,7 @@ __all__ = [
     "quantize",
     "quantize_index_keys",
     "quantize_index_query",
+    "quantize_key_values",
     "ragged_indices",
     "resolve",
     "select_paged_indices",
@@ -75,4 +82,5 @@ __all__ = [
     "sparse_prefill",
     "to_bytes",
     "valid_pairs",
+    "zero_key_values",
 ]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jmla.layouts.base import Rows
+from jmla.layouts.base import Rows, page_slots
+from jmla.layouts.key_values import KeyValueRows
 
 
 @jax.jit
@@ -83,6 +84,37 @@ def dense_decode(
         valid &= positions[None, None, :] >= lengths[:, :, None] - window
     out, _, lse = _attend(q, keys[:, None], valid, sm_scale, None, rows.value_dim)
     return out, lse
+
+
+@functools.partial(jax.jit, static_argnames=("causal",))
+def gqa_decode(
+    q: Float[Array, "b s_q h dim"],
+    rows: KeyValueRows,
+    page_table: Int[Array, "b max_pages"],
+    seq_lens: Int[Array, " b"],
+    *,
+    sm_scale: float | Float[Array, ""],
+    causal: bool = True,
+) -> tuple[Float[Array, "b s_q h dim"], Float[Array, "b s_q h"]]:
+    """Grouped-query attention of each request's last `s_q` tokens to all its positions."""
+    b, s_q, heads, dim = q.shape
+    slots = page_slots(page_table, *rows.shape).reshape(b, -1)
+    positions = jnp.arange(slots.shape[1], dtype=jnp.int32)
+    slots = jnp.where(positions[None, :] < seq_lens[:, None], slots, -1)
+    keys, values = (x.astype(jnp.float32) for x in rows.flat().gather(slots).dequantize())
+    lengths = causal_lengths(seq_lens, s_q, causal)
+    valid = (slots >= 0)[:, None, :] & (positions[None, None, :] < lengths[:, :, None])
+    exact = jax.lax.Precision.HIGHEST
+    grouped = q.reshape(b, s_q, rows.kv_heads, heads // rows.kv_heads, dim).astype(jnp.float32)
+    logits = jnp.einsum("bsvgd,bkvd->bsvgk", grouped, keys, precision=exact)
+    logits = logits * jnp.asarray(sm_scale, jnp.float32)
+    logits = jnp.where(valid[:, :, None, None, :], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(logits - top[..., None])
+    out = jnp.einsum("bsvgk,bkvd->bsvgd", weights, values, precision=exact)
+    out, lse = _normalise(out, top, jnp.sum(weights, axis=-1), q.dtype)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 @jax.jit

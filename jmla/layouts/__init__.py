@@ -16,6 +16,12 @@ from jmla.layouts.fp8 import FP8Rows as FP8Rows
 from jmla.layouts.index_keys import IndexKeyRows as IndexKeyRows
 from jmla.layouts.index_keys import index_keys_from_bytes as index_keys_from_bytes
 from jmla.layouts.index_keys import quantize_index_keys as quantize_index_keys
+from jmla.layouts.key_values import BF16KeyValues as BF16KeyValues
+from jmla.layouts.key_values import FP4KeyValues as FP4KeyValues
+from jmla.layouts.key_values import FP8KeyValues as FP8KeyValues
+from jmla.layouts.key_values import KeyValueRows as KeyValueRows
+from jmla.layouts.key_values import quantize_key_values as quantize_key_values
+from jmla.layouts.key_values import zero_key_values as zero_key_values
 from jmla.layouts.packed_block_scale import PackedBlockScaleRows as PackedBlockScaleRows
 from jmla.layouts.paged_index_keys import PagedIndexKeyRows as PagedIndexKeyRows
 from jmla.layouts.paged_index_keys import paged_index_keys as paged_index_keys

@@ -78,23 +78,12 @@ class FP4Rows(Rows):
     def encode(self, latents: Float[Array, "*tokens width"]) -> Self:
         """See `Rows.encode`."""
         check_latents(latents, self.width)
-        blocks = split_blocks(latents, FP4_BLOCK)
-        exponents = smallest_exponent(finite_amax(blocks), _E2M1_MAX, floor=_FLOOR)
-        codes = _to_e2m1(blocks * exp2(-exponents)[..., None], is_negative(blocks))
-        pairs = codes.reshape(*latents.shape[:-1], self.width // 2, 2)
-        scale_bytes = jnp.where(jnp.isnan(blocks).any(-1), _NAN_BYTE, exponents + 127)
-        return dataclasses.replace(
-            self,
-            packed=pairs[..., 0] | (pairs[..., 1] << 4),
-            exponents=scale_bytes.astype(jnp.uint8),
-        )
+        packed, exponents = encode_fp4(latents)
+        return dataclasses.replace(self, packed=packed, exponents=exponents)
 
     def dequantize(self) -> BFloat16[Array, "*tokens width"]:
         """See `Rows.dequantize`."""
-        codes = jnp.stack([self.packed & 0xF, self.packed >> 4], axis=-1)
-        blocks = split_blocks(_from_e2m1(codes).reshape(*self.shape, self.width), FP4_BLOCK)
-        product = blocks * e8m0_to_f32(self.exponents)[..., None]
-        return to_bf16(product).reshape(*self.shape, self.width)
+        return decode_fp4(self.packed, self.exponents)
 
     def pack(self, *, page_bytes: int | None = None) -> UInt8[Array, "*tokens bytes"]:
         """See `Rows.pack`."""
@@ -109,6 +98,28 @@ class FP4Rows(Rows):
         check_packed(packed, self.bytes_per_token, self.layout.name)
         half = self.width // 2
         return dataclasses.replace(self, packed=packed[..., :half], exponents=packed[..., half:])
+
+
+def encode_fp4(
+    values: Float[Array, "*n width"],
+) -> tuple[UInt8[Array, "*n half_width"], UInt8[Array, "*n blocks"]]:
+    """The codes and scale bytes of rows whose width is a multiple of 16; see `FP4Rows`."""
+    blocks = split_blocks(values, FP4_BLOCK)
+    exponents = smallest_exponent(finite_amax(blocks), _E2M1_MAX, floor=_FLOOR)
+    codes = _to_e2m1(blocks * exp2(-exponents)[..., None], is_negative(blocks))
+    pairs = codes.reshape(*values.shape[:-1], values.shape[-1] // 2, 2)
+    scale_bytes = jnp.where(jnp.isnan(blocks).any(-1), _NAN_BYTE, exponents + 127)
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale_bytes.astype(jnp.uint8)
+
+
+def decode_fp4(
+    packed: UInt8[Array, "*n half_width"], exponents: UInt8[Array, "*n blocks"]
+) -> BFloat16[Array, "*n width"]:
+    """The reverse."""
+    shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+    codes = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
+    blocks = split_blocks(_from_e2m1(codes).reshape(shape), FP4_BLOCK)
+    return to_bf16(blocks * e8m0_to_f32(exponents)[..., None]).reshape(shape)
 
 
 def _to_e2m1(x: Float32[Array, "*n"], negative: Array) -> UInt8[Array, "*n"]:

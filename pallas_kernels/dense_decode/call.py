@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.dense_decode import boxes
-from pallas_kernels.dense_decode.join import join
 from pallas_kernels.dense_decode.keys import DenseShape, PagedKeys
 from pallas_kernels.dense_decode.tuning import choose, tuning_for
 from pallas_kernels.device.formats import FORMATS
+from pallas_kernels.device.join import join
 from pallas_kernels.sparse_decode.call import launch_parts, program_for
 from pallas_kernels.sparse_decode.tuning import WIDE_HEADS
 

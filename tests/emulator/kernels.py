@@ -57,7 +57,7 @@ def kernels() -> Kernels:
         _replace(program, plgpu=launcher.plgpu, pl=launcher.pl, lax=launcher.lax)
         join = importlib.import_module(f"{_PACKAGE}.sparse_decode.join")
         _replace(join, plgpu=launcher.plgpu, lax=launcher.lax)
-        many = importlib.import_module(f"{_PACKAGE}.dense_decode.join")
+        many = importlib.import_module(f"{_PACKAGE}.device.join")
         _replace(many, plgpu=launcher.plgpu, lax=launcher.lax)
         topk = importlib.import_module(f"{_PACKAGE}.select_topk.call")
         _replace(topk, plgpu=launcher.plgpu, lax=launcher.lax)
@@ -70,6 +70,8 @@ def kernels() -> Kernels:
         importlib.import_module(f"{_PACKAGE}.sparse_prefill.call")
         importlib.import_module(f"{_PACKAGE}.indexer_logits.call")
         importlib.import_module(f"{_PACKAGE}.dense_decode.call")
+        gqa = importlib.import_module(f"{_PACKAGE}.gqa_decode.call")
+        _replace(gqa, plgpu=launcher.plgpu, lax=launcher.lax)
         modules = {name.removeprefix(f"{_PACKAGE}."): each for name, each in _loaded().items()}
     return Kernels(modules, launcher)
 

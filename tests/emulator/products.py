@@ -241,3 +241,28 @@ def _commit(match: re.Match) -> None:
 def _wait(match: re.Match, pending: int) -> None:
     current().expect_all(match[0])
     current().products.wait(pending)
+
+
+@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32")
+def warp_product(
+    match: re.Match, a: list[np.ndarray], b: list[np.ndarray], d: list[np.ndarray]
+) -> list[np.ndarray]:
+    """A product of each warp, whose sum may be read at once."""
+    current().whole_warps(match[0])
+    lane = np.arange(LANES)
+    warp, quad, column = lane // WARP, lane % WARP // 4, lane % 4
+    left, right = np.zeros((WARPS, 16, 16)), np.zeros((WARPS, 16, 8))
+    for pair in range(2):
+        for parity in range(2):
+            k = 8 * pair + 2 * column + parity
+            for below in range(2):
+                words = pairs(a[2 * pair + below], FLOATS["bf16"])
+                left[warp, quad + 8 * below, k] = words[:, parity]
+            right[warp, k, quad] = pairs(b[pair], FLOATS["bf16"])[:, parity]
+    product = (left @ right).astype(np.float32)
+    return [
+        (d[i].view(np.float32) + product[warp, quad + 8 * (i // 2), 2 * column + i % 2]).view(
+            np.uint32
+        )
+        for i in range(4)
+    ]

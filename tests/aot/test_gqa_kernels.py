@@ -1,0 +1,61 @@
+"""What ptxas makes of the kernels of grouped-query decode: no spills, two blocks at a time."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.aot.h200 import sharding
+from tests.aot.test_kernels import MIB, assert_good
+
+COMPILE = """
+import json, sys
+import jax
+import jax.numpy as jnp
+from jmla import gqa_decode, zero_key_values
+from tests.aot.h200 import bytes_of, on_h200
+
+dtype, shapes = json.loads(sys.argv[1])
+temporary = []
+for b, s_q, heads, kv_heads, dim, page_size in shapes:
+    rows = jax.eval_shape(
+        lambda: zero_key_values(dtype, (4096, page_size), kv_heads=kv_heads, head_dim=dim)
+    )
+    q = jax.ShapeDtypeStruct((b, s_q, heads, dim), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((b, 4096 // page_size), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((b,), jnp.int32)
+    call = jax.jit(lambda *a: gqa_decode(*a, sm_scale=0.1, implementation="mosaic_gpu"))
+    program = call.lower(*on_h200((q, rows, table, lengths))).compile()
+    temporary.append(bytes_of(program)[0])
+print(json.dumps(temporary))
+"""
+# One tile and two, both sizes of heads, parts that are joined.
+SHAPES = [(256, 1, 64, 4, 128, 64), (256, 2, 64, 4, 128, 16), (256, 3, 24, 2, 64, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3", "fp4_e2m1"])
+def test_kernels(tmp_path: Path, dtype: str):
+    sharding()  # skips where there is nothing to compile with
+    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    shapes = [*SHAPES, (1, 1, 64, 4, 128, 64)]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([dtype, shapes])],
+        env=os.environ | dumps,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    *of_batches, of_one = json.loads(run.stdout.splitlines()[-1])
+    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert_good(said)
+    assert len(said) >= len(shapes) + 1, "the parts of one request are joined"
+    assert max(of_batches) < MIB, "neither the cache nor its page table may be copied"
+    assert of_one >= 64 * 128 * 4 * 8
+    registers = [int(x) for text in said for x in re.findall(r"Used (\d+) registers", text)]
+    assert max(registers) <= 256
