@@ -3,10 +3,11 @@
 from jmla.attention import dense_decode, merge, sparse_decode, sparse_prefill
 from jmla.batch import BatchMeta, make_batch
 from jmla.cache import Cache, append, init_cache
-from jmla.config import Config, HiSparseConfig
+from jmla.config import Config, GQAConfig, HiSparseConfig
 from jmla.dispatch.fp4 import FP4CompatibilityError
 from jmla.dispatch.resolve import alternatives, resolve, valid_pairs
 from jmla.gqa import gqa_decode
+from jmla.gqa_plan import GQAPlan
 from jmla.indexer import (
     force_tokens,
     indexer_logits,
@@ -46,6 +47,8 @@ __all__ = [
     "Cache",
     "Config",
     "FP4CompatibilityError",
+    "GQAConfig",
+    "GQAPlan",
     "HiSparseConfig",
     "IndexKeyRows",
     "KVLayout",

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jmla import _mosaic_decode
 from jmla.layouts.base import BLOCK_SCALE_TILE, FP4_BLOCK, V4_TILE, KVLayout
+from jmla.layouts.key_values import KEY_VALUE_DTYPES
 from jmla.platforms import HOPPER, is_blackwell
 
 Phase = Literal["prefill", "decode"]
@@ -90,6 +91,24 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadsBackend:
+    """One row of the table for caches of keys and values with several heads: MHA and GQA.
+
+    A prompt's keys and values are at hand when it is computed, so that any attention serves it:
+    jmla has no prefill over such a cache.
+
+    Attributes:
+        name: the serving engines' name.
+        decode: the `kv_cache_dtype`s that its decode reads in place, through a page table.
+        page_sizes: the page sizes it takes; empty for any.
+    """
+
+    name: str
+    decode: tuple[str, ...]
+    page_sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineBackend:
     """A backend of the serving engines that jmla knows by name and does not serve."""
 
@@ -160,6 +179,13 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("prefill", "RAGGED", (HOPPER,), (_RAW, _BLOCK, _FP4)),
 )
 
+HEADS_BACKENDS: tuple[HeadsBackend, ...] = (
+    HeadsBackend("fa3", decode=KEY_VALUE_DTYPES),
+    HeadsBackend("trtllm_mha", decode=KEY_VALUE_DTYPES, page_sizes=(16, 32, 64)),
+)
+HEADS_PLATFORMS = (HOPPER,)
+"""Where a device kernel serves their decode, of heads of `_mosaic_gqa.HEAD_DIMS` values."""
+
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
     EngineBackend("aiter", ("flashmla_sparse", "fa3")),
     EngineBackend("ascend", ("flashmla_sparse", "flashmla")),
@@ -177,6 +203,20 @@ ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
     EngineBackend("triton_sparse_mla", ("flashmla_sparse",)),
     EngineBackend("trtllm_mha", ("trtllm",)),
     EngineBackend("trtllm_mla", ("trtllm", "flashmla")),
+)
+
+HEADS_ENGINE_BACKENDS: tuple[EngineBackend, ...] = (
+    EngineBackend("aiter", ("fa3",)),
+    EngineBackend("ascend", ("fa3",)),
+    EngineBackend("dual_chunk_flash_attn", ("fa3",)),
+    EngineBackend("fa4", ("fa3",)),
+    EngineBackend("flashinfer", ("fa3",)),
+    EngineBackend("flex_attention", ("fa3",)),
+    EngineBackend("intel_amx", ("fa3",)),
+    EngineBackend("intel_xpu", ("fa3",)),
+    EngineBackend("torch_native", ("fa3",)),
+    EngineBackend("triton", ("fa3",)),
+    EngineBackend("wave", ("fa3",)),
 )
 
 DEFAULTS: tuple[Default, ...] = (
@@ -200,6 +240,11 @@ HISPARSE_BACKENDS: tuple[tuple[KVLayout, str], ...] = (
 def find_backend(name: str) -> Backend | None:
     """The row of that name, or None."""
     return next((backend for backend in BACKENDS if backend.name == name), None)
+
+
+def find_heads_backend(name: str) -> HeadsBackend | None:
+    """The row of that name for caches with several heads, or None."""
+    return next((backend for backend in HEADS_BACKENDS if backend.name == name), None)
 
 
 def serves(name: str, phase: Phase) -> bool:

@@ -86,7 +86,8 @@ class Config:
         rope_dim: rotary values of a latent.
         scale_format: which numbers the scales of a block-scale cache may be: "pow2" (FlashMLA's
             rule) or "fp32" (SGLang's).
-        attention: "mla" or "mha"; "mha" is known so that a refusal can say what to do.
+        attention: "mla" or "mha"; "mha" is known so that a refusal can say what to do: a
+            `GQAConfig` describes it.
         index_head_dim: length of an index key; None keeps no index keys in the cache.
         attn_sink: whether each head has a learned attention sink.
         hisparse: sizes of a host-resident cache; None keeps the cache on the device.
@@ -143,10 +144,7 @@ class Config:
         if self.layout is not None and not isinstance(self.layout, KVLayout):
             names = ", ".join(f"KVLayout.{layout.name}" for layout in KVLayout)
             problems.append(f"{self.layout=}: expected None or one of {names}")
-        for name in ("prefill_backend", "decode_backend"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                problems.append(f"{name}={value!r}: expected None or the name of a backend")
+        problems += _backend_problems(self)
         if not isinstance(self.attn_sink, bool):
             problems.append(
                 f"{self.attn_sink=}: expected True or False; the sink's values are an argument of "
@@ -156,6 +154,63 @@ class Config:
             problems.append(f"{self.hisparse=}: expected None or a HiSparseConfig")
         raise_if("Config", problems)
         # 1 and 1.0 are equal, but only one of them is a float to JAX.
+        object.__setattr__(self, "sm_scale", float(self.sm_scale))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GQAConfig:
+    """What `jmla.resolve` decides from for attention over keys and values of several heads.
+
+    Attributes:
+        num_heads: query heads on one device.
+        num_kv_heads: heads of the cache on one device, a divisor of `num_heads`: as many for MHA.
+        sm_scale: factor of `q . k` before the softmax. Required, as in `Config`.
+        head_dim: values of a key, and of a value.
+        kv_cache_dtype: as in `Config`; "auto" is "bfloat16".
+        prefill_backend: known so that a refusal can say what to do; jmla has no such prefill.
+        decode_backend: contract name of the decode path; None takes the default.
+        page_size: tokens per page of the cache.
+        platform: as in `Config`.
+        implementation: as in `Config`.
+        num_splits: parts the positions are cut in; None lets the op choose. A fixed number makes a
+            request's bits independent of its batch.
+
+    Raises:
+        ValueError: naming every value that is not one of the accepted ones.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    sm_scale: float
+    head_dim: int = 128
+    kv_cache_dtype: str = "auto"
+    prefill_backend: str | None = None
+    decode_backend: str | None = None
+    page_size: int = 64
+    platform: str = "auto"
+    implementation: str | None = None
+    num_splits: int | None = None
+
+    def __post_init__(self) -> None:
+        canonical = dict(_DTYPE_ALIASES).get(self.kv_cache_dtype, self.kv_cache_dtype)
+        object.__setattr__(self, "kv_cache_dtype", canonical)
+        problems = [
+            *_int_problems("num_heads", self.num_heads),
+            *_int_problems("num_kv_heads", self.num_kv_heads),
+            *_sm_scale_problems(self.sm_scale),
+            *_int_problems("head_dim", self.head_dim),
+            *_kv_cache_dtype_problems(self.kv_cache_dtype),
+            *_int_problems("page_size", self.page_size),
+            *_platform_problems(self.platform),
+            *_choice_problems("implementation", self.implementation, (None, *IMPLEMENTATIONS)),
+            *_int_problems("num_splits", self.num_splits, none=True),
+            *_backend_problems(self),
+        ]
+        if not problems and self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"{self.num_heads=} {self.num_kv_heads=}: expected a multiple of num_kv_heads"
+            )
+        raise_if("GQAConfig", problems)
         object.__setattr__(self, "sm_scale", float(self.sm_scale))
 
 
@@ -178,6 +233,15 @@ def _int_problems(name: str, value: object, *, least: int = 1, none: bool = Fals
     if whole and value >= least:  # type: ignore[operator]
         return []
     return [f"{name}={value!r}: expected {'None or ' * none}a whole number, at least {least}"]
+
+
+def _backend_problems(config: Config | GQAConfig) -> list[str]:
+    names = ("prefill_backend", "decode_backend")
+    return [
+        f"{name}={getattr(config, name)!r}: expected None or the name of a backend"
+        for name in names
+        if not isinstance(getattr(config, name), str | None)
+    ]
 
 
 def _choice_problems(name: str, value: object, accepted: tuple[object, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from jmla.backends import (
     BACKENDS,
     DEFAULTS,
     ENGINE_BACKENDS,
+    HEADS_ENGINE_BACKENDS,
     HISPARSE_BACKENDS,
     PHASES,
     Phase,
@@ -17,8 +18,10 @@ from jmla.backends import (
     kernels_of,
     layouts_read,
 )
+from jmla.dispatch.cells import cells
 from jmla.dispatch.fp4 import ENGINE_RULES, fp4_backends
 from jmla.layouts.base import KVLayout
+from jmla.layouts.key_values import KEY_VALUE_DTYPES
 
 _INTRODUCTION = """\
 # Attention backends
@@ -30,6 +33,17 @@ A *backend* is a contract: which phase it serves, which cache layouts it reads, 
 indices it takes. The names are the serving engines', so that a config carries over. On every
 platform XLA fulfils every contract; a device kernel makes one faster. `str(jmla.resolve(config))`
 tells what a config leads to, and why."""
+
+_COMPATIBILITY = """\
+By the serving engines' words for a cache: **kernel** runs on a device kernel on `sm_90` (Hopper)
+and on XLA elsewhere, **XLA** runs on XLA everywhere, **some** is a kernel for some of the layouts
+of that dtype, **no** is refused by `jmla.resolve` with the reason and what is accepted instead.
+Every cell that is not **no** is run on a Hopper by a test that takes its cases from this table.
+
+MLA keeps latents, as a `jmla.Config` says; MHA, with grouped query heads or not, keeps keys and
+values of several heads, as a `jmla.GQAConfig` says. Prompts of MHA need no backend of jmla: their
+keys and values are at hand, and any attention serves them. Decode takes several tokens of each
+request, masked causally, in every backend that has it."""
 
 _READS = f"""\
 What the cells say:
@@ -77,6 +91,7 @@ def support_document() -> str:
     layouts = [layout.name for layout in KVLayout]
     sections = [
         _INTRODUCTION,
+        "## Compatibility\n\n" + _COMPATIBILITY + "\n\n" + _table(_header(), _cell_rows()),
         "## What reads what",
         _READS,
         *(
@@ -103,9 +118,51 @@ def support_document() -> str:
         "## HiSparse\n\n" + _table(["kv_cache_dtype", "layout", "both phases"], _hisparse_rows()),
         "## FP4\n\n" + _FP4 + "\n\n" + _table(_FP4_HEADER, _fp4_rows()),
         "## Names of the serving engines that jmla refuses\n\n"
-        + _table(["name", "nearest here"], _engine_rows()),
+        + _table(["attention", "name", "nearest here"], _engine_rows()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _header() -> list[str]:
+    columns = [f"{phase} {dtype}" for phase in PHASES for dtype in KEY_VALUE_DTYPES]
+    return ["attention", "backend", "pages", *columns, "s_q > 1"]
+
+
+def _cell_rows() -> list[list[str]]:
+    rows = {(cell.attention, cell.backend): cell for cell in cells()}
+    return [
+        [
+            cell.attention.upper(),
+            f"`{cell.backend}`",
+            " or ".join(map(str, cell.page_sizes)) or "any",
+            *(
+                _cell(attention, backend, phase, dtype)
+                for phase in PHASES
+                for dtype in KEY_VALUE_DTYPES
+            ),
+            "yes" if _has(attention, backend, "decode") else "no",
+        ]
+        for (attention, backend), cell in rows.items()
+    ]
+
+
+def _has(attention: str, backend: str, phase: Phase) -> bool:
+    key = (attention, backend, phase)
+    return any(
+        cell.supported for cell in cells() if (cell.attention, cell.backend, cell.phase) == key
+    )
+
+
+def _cell(attention: str, backend: str, phase: Phase, dtype: str) -> str:
+    key = (attention, backend, phase, dtype)
+    served = [
+        cell.kernel
+        for cell in cells()
+        if cell.supported and (cell.attention, cell.backend, cell.phase, cell.kv_cache_dtype) == key
+    ]
+    if not any(served):
+        return "XLA" if served else "no"
+    return "kernel" if all(served) else "some"
 
 
 _FP4_HEADER = ["attention", "phase", "jmla", "serving engine", "once accepted there"]
@@ -189,7 +246,12 @@ def _fp4_rows() -> list[list[str]]:
 
 
 def _engine_rows() -> list[list[str]]:
-    return [[f"`{engine.name}`", _code(engine.nearest)] for engine in ENGINE_BACKENDS]
+    refused = (("MLA", ENGINE_BACKENDS), ("MHA", HEADS_ENGINE_BACKENDS))
+    return [
+        [kind, f"`{engine.name}`", _code(engine.nearest)]
+        for kind, engines in refused
+        for engine in engines
+    ]
 
 
 def _code(names: Iterable[str]) -> str:

@@ -14,7 +14,15 @@ platforms: XLA reads FP4 anywhere, and only a device kernel needs CUDA.
 
 import dataclasses
 
-from jmla.backends import PHASES, Phase, backends_of, find_backend, layouts_read
+from jmla.backends import (
+    HEADS_BACKENDS,
+    PHASES,
+    Phase,
+    backends_of,
+    find_backend,
+    find_heads_backend,
+    layouts_read,
+)
 from jmla.config import Config, quote
 from jmla.layouts.base import KVLayout
 from jmla.platforms import is_cuda
@@ -54,9 +62,10 @@ ENGINE_RULES: tuple[EngineRule, ...] = (
 
 
 def fp4_backends(attention: str, phase: Phase) -> tuple[str, ...]:
-    """The backends of jmla that read an FP4 cache in that phase. There are none for "mha"."""
+    """The backends of jmla that read an FP4 cache in that phase."""
     if attention != "mla":
-        return ()
+        rows = HEADS_BACKENDS if phase == "decode" else ()
+        return tuple(row.name for row in rows if "fp4_e2m1" in row.decode)
     return tuple(name for name in backends_of(phase) if KVLayout.FP4 in layouts_read(name, phase))
 
 
@@ -73,13 +82,14 @@ def fp4_problems(config: Config, platform: str) -> list[str]:
         expected = f"expected {quote(accepted)}" if accepted else "jmla has none for it"
         problems.append(
             f"{phase}_backend={name!r} cannot read an FP4 cache with {kind}: {expected} "
-            f"({_history(config.attention, named['prefill'], name)})"
+            f"({engine_history(config.attention, named['prefill'], name)})"
         )
     if config.attention != "mla" and not problems:
         engine = quote(_rule(config.attention, fa4_prefill=False).accepted)
         problems.append(
-            f"attention={config.attention!r} with an FP4 cache has no backend in jmla (the "
-            f"serving engine's are {engine}): expected attention='mla'"
+            f"attention={config.attention!r} with an FP4 cache is not what a Config describes (the "
+            f"serving engine's backends are {engine}): expected a jmla.GQAConfig, or "
+            "attention='mla'"
         )
     if config.implementation == "mosaic_gpu" and not is_cuda(platform):
         problems.append(
@@ -108,7 +118,8 @@ def _rule(attention: str, *, fa4_prefill: bool) -> EngineRule:
     )
 
 
-def _history(attention: str, prefill: str | None, name: str) -> str:
+def engine_history(attention: str, prefill: str | None, name: str) -> str:
+    """What the serving engine's list for an FP4 cache says of a backend, and once said."""
     fa4 = prefill == "fa4"
     rule = _rule(attention, fa4_prefill=fa4)
     where = "the serving engine's list" + (" of decode backends behind fa4 prefill" if fa4 else "")
@@ -116,7 +127,7 @@ def _history(attention: str, prefill: str | None, name: str) -> str:
         verdict = f"{name!r} is in it, but jmla does not serve that backend"
     elif name in rule.once:
         verdict = f"{name!r} was in it once"
-    elif find_backend(name) is None:
+    elif find_backend(name) is None and find_heads_backend(name) is None:
         verdict = f"{name!r} is not in it"
     else:
         verdict = f"{name!r} is not in it; in a mixed pair the engine let it pass unchecked"

@@ -25,8 +25,8 @@ def attention_problems(config: Config) -> list[str]:
     if config.attention == "mla":
         return []
     return [
-        f"attention={config.attention!r}: jmla serves latent attention and no other: expected "
-        "attention='mla'"
+        f"attention={config.attention!r}: a Config describes latent attention: expected "
+        "attention='mla', or a jmla.GQAConfig for keys and values of several heads"
     ]
 
 

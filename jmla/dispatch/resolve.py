@@ -8,7 +8,7 @@ the shared facts. The table itself is `jmla.backends`.
 import dataclasses
 import itertools
 import warnings
-from typing import Any
+from typing import Any, overload
 
 from jmla.backends import (
     PHASES,
@@ -16,7 +16,8 @@ from jmla.backends import (
     backends_of,
     serves,
 )
-from jmla.config import KV_CACHE_DTYPES, Config, quote
+from jmla.config import KV_CACHE_DTYPES, Config, GQAConfig
+from jmla.dispatch.changes import Setting, accepted_changes
 from jmla.dispatch.explain import explain
 from jmla.dispatch.fp4 import (
     FP4CompatibilityError,
@@ -24,6 +25,7 @@ from jmla.dispatch.fp4 import (
     fp4_pair_warning,
     fp4_problems,
 )
+from jmla.dispatch.gqa import resolve_gqa
 from jmla.dispatch.layout_choice import LayoutChoice, choose_layout
 from jmla.dispatch.phase_choice import PhaseChoice, SharedFacts, choose_phase
 from jmla.dispatch.requirements import (
@@ -33,13 +35,13 @@ from jmla.dispatch.requirements import (
     kernel_problems,
     name_problems,
 )
+from jmla.gqa_plan import GQAPlan
 from jmla.layouts.base import KVLayout
 from jmla.phase_plan import DecodePlan, PrefillPlan
 from jmla.plan import Plan
 from jmla.platforms import describe_platform, detect_platform
 
-# What a refusal proposes: a setting, the value that gives the choice back to jmla, and others.
-_SETTINGS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+_SETTINGS: tuple[Setting, ...] = (
     ("kv_cache_dtype", "auto", KV_CACHE_DTYPES[1:]),
     ("layout", None, tuple(KVLayout)),
     ("prefill_backend", None, backends_of("prefill")),
@@ -57,11 +59,20 @@ class _Problem:
     error: type[Exception] = ValueError
 
 
-def resolve(config: Config) -> Plan:
+@overload
+def resolve(config: Config) -> Plan: ...
+
+
+@overload
+def resolve(config: GQAConfig) -> GQAPlan: ...
+
+
+def resolve(config: Config | GQAConfig) -> Plan | GQAPlan:
     """Decides everything that a config leaves open, or says why it cannot work.
 
     Args:
-        config: see `Config`; `platform="auto"` is the platform of JAX's default device.
+        config: see `Config`, and `GQAConfig` for keys and values of several heads;
+            `platform="auto"` is the platform of JAX's default device.
 
     Returns:
         The plan. `str(plan)` tells each choice and its reason.
@@ -76,6 +87,8 @@ def resolve(config: Config) -> Plan:
         FP4CompatibilityWarning: two different backends share an FP4 cache.
     """
     platform = _platform(config)
+    if isinstance(config, GQAConfig):
+        return resolve_gqa(config, platform)
     plan = _attempt(config, platform)
     if isinstance(plan, Plan):
         for warning in plan.warnings:
@@ -104,26 +117,11 @@ def alternatives(config: Config) -> tuple[str, ...]:
     """
     platform = _platform(config)
 
-    def accepted(**changes: Any) -> bool:
+    def accepted(changes: dict[str, Any]) -> bool:
         changed = dataclasses.replace(config, **changes)
         return changed != config and isinstance(_attempt(changed, platform), Plan)
 
-    lines = []
-    for name, default, others in _SETTINGS:
-        values = tuple(value for value in (default, *others) if accepted(**{name: value}))
-        if values:
-            lines.append(f"{name}={quote(values)}")
-    if lines:
-        return tuple(lines)
-    defaults = {name: default for name, default, _ in _SETTINGS}
-    for count in range(2, len(_SETTINGS) + 1):
-        for names in itertools.combinations(defaults, count):
-            if accepted(**{name: defaults[name] for name in names}):
-                settings = [f"{name}={defaults[name]!r}" for name in names]
-                lines.append(f"{', '.join(settings[:-1])} and {settings[-1]} together")
-        if lines:
-            break
-    return tuple(lines)
+    return accepted_changes(_SETTINGS, accepted)
 
 
 def valid_pairs(config: Config) -> tuple[tuple[str, str], ...]:
@@ -142,7 +140,7 @@ def valid_pairs(config: Config) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _platform(config: Config) -> str:
+def _platform(config: Config | GQAConfig) -> str:
     return detect_platform() if config.platform == "auto" else config.platform
 
 

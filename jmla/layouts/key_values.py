@@ -263,8 +263,8 @@ def zero_key_values(
             return rows
         case "fp4_e2m1":
             codes = jnp.zeros((*shape, kv_heads, head_dim // 2), jnp.uint8)
-            scales = jnp.zeros((*shape, kv_heads * head_dim // FP4_BLOCK), jnp.uint8)
-            return FP4KeyValues(codes, codes, scales, scales, kv_heads=kv_heads, head_dim=head_dim)
+            bytes_ = jnp.zeros((*shape, kv_heads * head_dim // FP4_BLOCK), jnp.uint8)
+            return FP4KeyValues(codes, codes, bytes_, bytes_, kv_heads=kv_heads, head_dim=head_dim)
     raise ValueError(f"{kv_cache_dtype=}: expected {', '.join(map(repr, KEY_VALUE_DTYPES))}")
 
 

@@ -67,7 +67,7 @@ def join(
 class _Parts(NamedTuple):
     """What is joined: so many parts of so many rows of `dim` values."""
 
-    count: int
+    splits: int
     rows: int
     dim: int
 
@@ -85,7 +85,7 @@ class _Parts(NamedTuple):
 def _join_row(addresses: list[Value], parts: _Parts, block: Value) -> None:
     """Some rows, by 128 threads: each has some columns, a lane a part's weight."""
     out, lse, joined, joined_lse = addresses
-    splits, rows, columns = parts.count, parts.rows, parts.columns
+    splits, rows, columns = parts.splits, parts.rows, parts.columns
     kinds, threads = "f" * columns, parts.dim // columns
     index = block_thread()
     lane, column = index & (WARP - 1), (index % threads).wide() * columns

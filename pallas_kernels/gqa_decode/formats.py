@@ -118,7 +118,8 @@ class HeadFormat:
                     offset = (first_row + 8 * below) * self.row_bytes
                     words += load_shared(place, kind, offset)
                 rows.append(words)
-            halves.append(self.pair_rows(*rows, scales, thread, first_row + 8 * below))
+            first, second = rows
+            halves.append(self.pair_rows(first, second, scales, thread, first_row + 8 * below))
         return [list(pair) for pair in zip(*halves, strict=True)]
 
     def pair_rows(

@@ -49,8 +49,9 @@ def random_key_values(seed: int, name: str, shape: Sequence[int], sizes: Sizes) 
     powers = 2.0 ** rng.integers(-2, 3, (*full[:-1], sizes.head_dim // 16))
     values = values * np.repeat(powers, 16, axis=-1)
     dtype, scales = FORMATS[name]
-    as_bf16 = (jnp.asarray(x, jnp.float32).astype(jnp.bfloat16) for x in (keys, values))
-    return quantize_key_values(*as_bf16, dtype, **scales)
+    return quantize_key_values(
+        jnp.asarray(keys, jnp.bfloat16), jnp.asarray(values, jnp.bfloat16), dtype, **scales
+    )
 
 
 def poison(rows: KeyValueRows, slots: np.ndarray) -> KeyValueRows:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jmla import gqa_decode, quantize_key_values, zero_key_values
+from jmla.attention import Implementation
+from jmla.layouts import FP4KeyValues
 from jmla.layouts.fp4 import FP4Rows
 from tests.attention.cases import same_bits
 from tests.attention.gqa_cases import (
@@ -23,13 +25,13 @@ each_format = pytest.mark.parametrize("name", FORMATS)
 
 @each_format
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_against_f64(name: str, implementation: str):
+def test_against_f64(name: str, implementation: Implementation):
     sizes = Sizes(s_q=3, page_size=7)
     check(gqa_decode, name, LENGTHS, sizes, rounded=True, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_tokens_that_see_each_other(implementation: str):
+def test_tokens_that_see_each_other(implementation: Implementation):
     sizes = Sizes(4, 1, 32, 2, 64)
     check(gqa_decode, "fp4", LENGTHS, sizes, causal=False, implementation=implementation)
 
@@ -55,7 +57,7 @@ def test_a_request_alone_has_the_bits_it_has_in_a_batch():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_lengths_that_no_table_holds(implementation: str):
+def test_lengths_that_no_table_holds(implementation: Implementation):
     rows, q = random_key_values(1, "bf16", (5, 4), Sizes()), random_queries(0, 3, Sizes())
     table = jnp.array([[3, 1], [3, 1], [2**31 - 1, -(2**31)]], jnp.int32)
     out, lse = gqa_decode(
@@ -80,6 +82,7 @@ def test_a_token_has_the_bytes_of_the_engines_pools():
         jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).normal(size=(2, 6, 4, 128))
     )
     rows = quantize_key_values(keys, values, "fp4_e2m1")
+    assert isinstance(rows, FP4KeyValues)
     latents = FP4Rows.zeros((0,), rank=512, rope_dim=0)
     for ours, scales, x in (
         (rows.keys, rows.key_scales, keys),
