@@ -8,6 +8,7 @@ python -m benchmarks sparse_prefill --layouts 656,576,fp4 --ways direct,gather
 python -m benchmarks select_topk
 python -m benchmarks indexer_logits
 python -m benchmarks decode_step
+python -m benchmarks attention_layer --cases qwen3-235b-b128-s_kv4096
 python -m benchmarks cache --ops append,requantize
 python -m benchmarks hisparse --ops swap_in
 """

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from rich.table import Table
 
 from benchmarks import (
+    attention_layer,
     cache,
     cache_peer,
     decode_step,
@@ -40,6 +41,7 @@ DENSE_PREFILL_CASES = {case.name: case for case in dense_prefill.CASES}
 PREFILL_CASES = {case.name: case for case in sparse_prefill.CASES}
 TOPK_CASES = {case.name: case for case in select_topk.CASES}
 LOGITS_CASES = {case.name: case for case in indexer_logits.CASES}
+LAYER_CASES = {case.name: case for case in attention_layer.CASES}
 STEP_CASES = {case.name: case for case in decode_step.CASES}
 CACHE_OPS = {case.op: case.op for case in cache.CASES}
 HISPARSE_OPS = {case.op: case.op for case in hisparse.CASES}
@@ -112,6 +114,15 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     op.add_argument("--cases", default=",".join(STEP_CASES), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=("mosaic_gpu", "xla"), default="mosaic_gpu")
     _add_common(op, "DeepGEMM, SGLang's selection and FlashMLA, which need PyTorch")
+    op = ops.add_parser("attention_layer", help=attention_layer.__doc__)
+    op.add_argument("--cases", default=",".join(LAYER_CASES), help="names (default: %(default)s)")
+    op.add_argument(
+        "--dtypes",
+        default=",".join(attention_layer.DTYPES),
+        help="of caches (default: %(default)s)",
+    )
+    op.add_argument("--implementation", choices=get_args(Implementation), default="mosaic_gpu")
+    _add_common(op, "cuDNN's attention over keys and values that are no pages")
     op = ops.add_parser("cache", help=cache.__doc__)
     op.add_argument("--ops", default=",".join(CACHE_OPS), help="names (default: %(default)s)")
     op.add_argument("--implementation", choices=get_args(CacheImplementation), default="mosaic_gpu")
@@ -272,6 +283,20 @@ def _decode_step(options: argparse.Namespace) -> Start:
     return start
 
 
+def _attention_layer(options: argparse.Namespace) -> Start:
+    cases = chosen(options.cases, LAYER_CASES, "--cases")
+    known = {name: name for name in attention_layer.DTYPES}
+    dtypes = chosen(options.dtypes, known, "--dtypes")
+
+    def start(timer, ceilings, environment, failed):
+        bench = attention_layer.Bench(
+            timer, ceilings, environment, options.implementation, with_peer=options.peer
+        )
+        return bench.run(cases, dtypes, failed=failed)
+
+    return start
+
+
 def _cache(options: argparse.Namespace) -> Start:
     ops = chosen(options.ops, CACHE_OPS, "--ops")
     if options.peer:
@@ -309,6 +334,7 @@ PREPARED: dict[str, Callable[[argparse.Namespace], Start]] = {
     "select_topk": _select_topk,
     "indexer_logits": _indexer_logits,
     "decode_step": _decode_step,
+    "attention_layer": _attention_layer,
     "cache": _cache,
     "hisparse": _hisparse,
 }
@@ -320,6 +346,7 @@ TABLES: dict[str, Callable[[Any], Table]] = {
     "select_topk": select_topk.table,
     "indexer_logits": indexer_logits.table,
     "decode_step": decode_step.table,
+    "attention_layer": attention_layer.table,
     "cache": cache.table,
     "hisparse": hisparse.table,
 }
