@@ -81,7 +81,7 @@ class _Attention:
         finish(block, state.with_values(list(results[:size])))
 
     def _load_query(self) -> _Query:
-        """In registers if there is one tile, else in shared memory."""
+        """In registers or, for more blocks at a time, in shared memory; see `Tuning`."""
         block, thread = self.block, self.thread
         shared = block.query
         if shared is None:
@@ -133,16 +133,19 @@ class _Attention:
         """Of each tile and each 8 keys, four."""
         block, memory = self.block, self.block.memory
         keys, scales = stage + memory.keys, stage + memory.key_scales
-        of_tile: list[list[Value]] = [[] for _ in range(self.tiles)]
-        for first in range(0, block.tuning.keys, 8):
-            operands = block.format.load_keys(keys, scales, self.thread, first)
-            for tile, logits in enumerate(of_tile):
-                d = [f32(0.0)] * _D
-                for product in range(self.products):
-                    b = operands[2 * product : 2 * product + 2]
-                    d = multiply_add(d, query(tile, product), b)
-                logits += d
-        return [x for logits in of_tile for x in logits]
+        firsts = range(0, block.tuning.keys, 8)
+        words = [block.format.load_keys(keys, self.thread, first) for first in firsts]
+        factors = [block.format.load_key_factors(scales, self.thread, first) for first in firsts]
+        sums = [[[f32(0.0)] * _D for _ in firsts] for _ in range(self.tiles)]
+        # By columns first: a fragment of the query that is in shared memory is read once.
+        for pair in range(self.products // 2):
+            a = [[query(tile, 2 * pair + i) for i in range(2)] for tile in range(self.tiles)]
+            for eight in range(len(firsts)):
+                b = block.format.key_operands(words[eight], factors[eight], pair)
+                for i in range(2):
+                    for tile, own in enumerate(sums):
+                        own[eight] = multiply_add(own[eight], a[tile][i], b[2 * i : 2 * i + 2])
+        return [x for own in sums for d in own for x in d]
 
     def _masked(
         self, logits: list[Value], exists: Value, first_key: Value, reaches: list[Value]

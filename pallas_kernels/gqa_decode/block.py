@@ -42,7 +42,7 @@ def shared_bytes(row_format: HeadFormat, tuning: Tuning) -> dict[str, int]:
         "ring": max(ring, outputs),
         "numbers": WARPS * tuning.rows * NUMBERS * FLOAT,
     }
-    if tuning.tiles > 1:  # one tile stays in registers
+    if not tuning.query_in_registers:
         sizes["query"] = tuning.rows * row_format.dim * 2
     return sizes
 

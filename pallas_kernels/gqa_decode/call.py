@@ -57,7 +57,6 @@ def gqa_decode(
     rows = tokens * heads // kv_heads
     tuning = tuning_for(row_format.stored_bytes, rows)
     longest = pages.table.shape[1] * page_size
-    unit = tuning.block_keys
     tiles = -(-rows // tuning.rows)
     if num_splits is None:
         splits = choose_splits(
@@ -66,10 +65,10 @@ def gqa_decode(
             longest,
             row_format.stored_bytes,
             dim,
-            unit,
+            tuning,
         )
     else:
-        splits = min(num_splits, -(-longest // unit), MAX_SPLITS)
+        splits = min(num_splits, -(-longest // tuning.block_keys), MAX_SPLITS)
     shape = Shape(
         requests=requests,
         tokens=tokens,

@@ -85,21 +85,25 @@ class HeadFormat:
         """Eight columns in the order of those of `load_keys`."""
         return list(words)
 
-    def load_keys(self, tile: Value, scales: Value, thread: Thread, first_row: int) -> list[Value]:
-        """Two words of B for each product over 16 columns, of eight rows of keys."""
+    def load_keys(self, tile: Value, thread: Thread, first_row: int) -> list[Value]:
+        """The thread's words of eight rows of keys, as they are stored."""
         kind = "r" * (self.key_bytes // WORD)
         words = []
         for i in range(self.row_bytes // (QUARTERS * self.key_bytes)):
             byte = (thread.column + QUARTERS * i) * self.key_bytes
             place = tile + self.place(thread.quad, byte)
             words += load_shared(place, kind, first_row * self.row_bytes)
-        return self.key_operands(words, scales, thread, first_row)
+        return words
+
+    def load_key_factors(self, scales: Value, thread: Thread, first_row: int) -> list[Value]:
+        """The factors on these words that `key_operands` takes."""
+        return []
 
     def key_operands(
-        self, words: Sequence[Value], scales: Value, thread: Thread, first_row: int
+        self, words: Sequence[Value], factors: Sequence[Value], pair: int
     ) -> list[Value]:
-        """What `load_keys` has read, as bf16."""
-        return list(words)
+        """Two words of B for each of a pair of products over 16 columns."""
+        return list(words[4 * pair : 4 * pair + 4])
 
     def load_values(
         self, tile: Value, scales: Value, thread: Thread, first_row: int
@@ -140,10 +144,10 @@ class FP8Format(HeadFormat):
     """e4m3."""
 
     def key_operands(
-        self, words: Sequence[Value], scales: Value, thread: Thread, first_row: int
+        self, words: Sequence[Value], factors: Sequence[Value], pair: int
     ) -> list[Value]:
         """See `HeadFormat.key_operands`."""
-        return [pair for word in words for pair in bf16_of_e4m3(word)]
+        return [two for word in words[2 * pair : 2 * pair + 2] for two in bf16_of_e4m3(word)]
 
     def pair_rows(
         self,
@@ -184,22 +188,21 @@ class FP4Format(HeadFormat):
             for selector in ("0x5410", "0x7632")
         ]
 
-    def key_operands(
-        self, words: Sequence[Value], scales: Value, thread: Thread, first_row: int
-    ) -> list[Value]:
-        """See `HeadFormat.key_operands`: a thread's words are those of one or two blocks."""
-        blocks = len(words) // 2
+    def load_key_factors(self, scales: Value, thread: Thread, first_row: int) -> list[Value]:
+        """See `HeadFormat.load_key_factors`: a thread's words are those of one or two blocks."""
+        blocks = self.scale_bytes // QUARTERS
         row = scales + thread.quad * self.scale_bytes
         if blocks == 2:
             row = row + (thread.column >> 1) * WORD
         (codes,) = load_shared(row, "r", first_row * self.scale_bytes)
-        operands = []
-        for block in range(blocks):
-            byte = (thread.column * blocks + block) & 3
-            factor = _factors(permute(codes, codes, byte * 0x1111))
-            pairs = [p for word in words[2 * block : 2 * block + 2] for p in bf16_of_e2m1(word)]
-            operands += [multiply_bf16(pair, factor) for pair in pairs]
-        return operands
+        bytes_ = [(thread.column * blocks + block) & 3 for block in range(blocks)]
+        return [_factors(permute(codes, codes, byte * 0x1111)) for byte in bytes_]
+
+    def key_operands(
+        self, words: Sequence[Value], factors: Sequence[Value], pair: int
+    ) -> list[Value]:
+        """See `HeadFormat.key_operands`: of one word, two of which are of one block."""
+        return [multiply_bf16(two, factors[pair // 2]) for two in bf16_of_e2m1(words[pair])]
 
     def pair_rows(
         self,

@@ -6,6 +6,7 @@ from pallas_kernels.device.simt import (
     Value,
     ballot,
     i32,
+    opaque,
     ptx,
     select,
     shuffle,
@@ -66,9 +67,11 @@ class Ring:
         head = (block.kv_head * row_format.row_bytes).wide()
         keys, values = block.array("keys") + head, block.array("values") + head
         chunks = row_format.row_bytes // CHUNK
-        chunk = (thread.lane % chunks) * CHUNK
+        # Known in the loop alone: places that are kept from step to step cost registers.
+        lane = opaque(thread.lane)
+        chunk = (lane % chunks) * CHUNK
         for first in range(0, self.keys, WARP // chunks):
-            row = thread.lane // chunks + first
+            row = lane // chunks + first
             named = shuffle(slot, row)
             size = copied_bytes(named)
             source = _row_or_first(named).wide() * stride + chunk.wide()
