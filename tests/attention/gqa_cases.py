@@ -49,9 +49,14 @@ def random_key_values(seed: int, name: str, shape: Sequence[int], sizes: Sizes) 
     powers = 2.0 ** rng.integers(-2, 3, (*full[:-1], sizes.head_dim // 16))
     values = values * np.repeat(powers, 16, axis=-1)
     dtype, scales = FORMATS[name]
-    return quantize_key_values(
+    return _quantize(
         jnp.asarray(keys, jnp.bfloat16), jnp.asarray(values, jnp.bfloat16), dtype, **scales
     )
+
+
+# One by one, the operations of a codec take seconds to compile.
+_quantize = jax.jit(quantize_key_values, static_argnums=2)
+dequantize = jax.jit(lambda rows: rows.dequantize())
 
 
 def poison(rows: KeyValueRows, slots: np.ndarray) -> KeyValueRows:
@@ -70,7 +75,7 @@ def exact_key_values(rows: KeyValueRows) -> tuple[np.ndarray, np.ndarray]:
     """f64 [slots, kv_heads, head_dim]: codes times scales, not rounded."""
     flat = rows.flat()
     if rows.kv_cache_dtype != "fp8_e4m3":  # powers of two: exact in bf16
-        keys, values = flat.dequantize()
+        keys, values = dequantize(flat)
         return np.asarray(keys).astype(np.float64), np.asarray(values).astype(np.float64)
     scaled = []
     for name in ("key", "value"):

@@ -29,21 +29,19 @@ def test_case_names():
     assert CASES[3].name == "qwen3-235b-b128-s_kv4096"
 
 
-@pytest.mark.parametrize(
-    ("layer", "sizes"), [(TinyMLA, (1152, 576, 324)), (TinyGQA, (256, 128, 72))]
-)
+@pytest.mark.parametrize(("layer", "sizes"), [(TinyMLA, (1152, 324)), (TinyGQA, (256, 72))])
 def test_a_tiny_layer(layer, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     """Fewer bits are fewer bytes and a larger error; the same cache twice has none."""
     monkeypatch.setattr(attention_layer, "MODELS", {"tiny": layer})
     bench = Bench(TIMER, CEILINGS, ENVIRONMENT, "xla", with_peer=False)
     failures: list[str] = []
     made = list(
-        bench.run([Case("tiny", 2, 64)], DTYPES, failed=lambda name, _: failures.append(name))
+        bench.run([Case("tiny", 2, 64)], DTYPES[::2], failed=lambda name, _: failures.append(name))
     )
     assert not failures
     assert tuple(record.bytes_per_token for record in made) == sizes
-    bf16, fp8, fp4 = (record.error for record in made)
-    assert bf16 < 1e-6 < 5e-3 < fp8 < fp4 < 0.3
+    bf16, fp4 = (record.error for record in made)
+    assert bf16 < 1e-6 < 5e-3 < fp4 < 0.3
     assert all(record.bytes == 128 * record.bytes_per_token for record in made)
     assert all(record.ours_us > 0 and record.peer_us is None for record in made)
 
