@@ -28,11 +28,13 @@ class Inputs(NamedTuple):
     """Of a step.
 
     Attributes:
+        params: of the layer.
         x: bf16 [b, hidden], normalised.
         table: int32 [b, max_pages].
         lengths: int32 [b], the new token included.
     """
 
+    params: dict[str, Array]
     x: BFloat16[Array, "b hidden"]
     table: Int[Array, "b max_pages"]
     lengths: Int[Array, " b"]
@@ -46,7 +48,7 @@ class Layer(abc.ABC):
     """
 
     hidden: int
-    params: Mapping[str, Array]
+    params: dict[str, Array]
 
     def __init__(self, b: int, s_kv: int, implementation: Implementation | None) -> None:
         """A batch of `b` requests of `s_kv` tokens."""
@@ -59,7 +61,7 @@ class Layer(abc.ABC):
     def inputs(self) -> Inputs:
         """Of the step, always the same."""
         x = jax.random.normal(jax.random.key(1), (self.b, self.hidden), jnp.bfloat16)
-        return Inputs(x, self.order, jnp.full(self.b, self.s_kv, jnp.int32))
+        return Inputs(self.params, x, self.order, jnp.full(self.b, self.s_kv, jnp.int32))
 
     @property
     def slots(self) -> Int[Array, " b"]:
@@ -85,7 +87,7 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, cache: Any, x: Array, table: Array, lengths: Array
+        self, cache: Any, params: dict[str, Array], x: Array, table: Array, lengths: Array
     ) -> tuple[Float[Array, "b hidden"], Any]:
         """The layer's output, and the cache with the new tokens."""
 
@@ -142,10 +144,9 @@ class DeepSeekR1(Layer):
         return out
 
     def step(
-        self, cache: jmla.Cache, x: Array, table: Array, lengths: Array
+        self, cache: jmla.Cache, params: dict[str, Array], x: Array, table: Array, lengths: Array
     ) -> tuple[Float[Array, "b hidden"], jmla.Cache]:
         """See `Layer.step`."""
-        params = dict(self.params)
         projections = project(params, self.config, x, lengths - 1)
         cache = jmla.append(cache, self.slots, projections.latents)
         q = absorbed_query(params, projections)[:, None]
@@ -212,18 +213,18 @@ class Qwen3(Layer):
         return out
 
     def step(
-        self, cache: KeyValueRows, x: Array, table: Array, lengths: Array
+        self, cache: KeyValueRows, params: dict[str, Array], x: Array, table: Array, lengths: Array
     ) -> tuple[Float[Array, "b hidden"], KeyValueRows]:
         """See `Layer.step`; queries and keys are normalised and rotated, as in the model."""
         gain = jnp.ones(self.head_dim, x.dtype)
-        q, k, v = (jnp.einsum("th,hnd->tnd", x, self.params[name]) for name in ("q", "k", "v"))
+        q, k, v = (jnp.einsum("th,hnd->tnd", x, params[name]) for name in ("q", "k", "v"))
         turn = functools.partial(
             apply_rope, positions=lengths - 1, rope=self.rope, interleaved=False
         )
         q, k = (turn(rms_norm(each, gain, 1e-6)) for each in (q, k))
         cache = cache.set(self.slots, quantize_key_values(k, v, cache.kv_cache_dtype))
         out = self._attend(cache, q[:, None], table, lengths)[:, 0]
-        return jnp.einsum("tnd,ndh->th", out, self.params["out"]), cache
+        return jnp.einsum("tnd,ndh->th", out, params["out"]), cache
 
 
 def _weights(key: Array, fan_in: int, shape: tuple[int, ...]) -> BFloat16[Array, "*shape"]:
