@@ -18,7 +18,6 @@ from pallas_kernels.gqa_decode.shape import MMA_ROWS, WARPS, Shape, Tuning
 
 FLOAT = 4
 PADDING = 4  # floats beside a row of outputs, for other banks
-MOST_TILES = 2
 NUMBERS = 2  # that each warp has of a row: its reference, its sum of weights
 
 

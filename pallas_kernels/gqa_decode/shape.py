@@ -5,8 +5,6 @@ import math
 
 WARPS = 4
 MMA_ROWS = 16
-HEAD_DIMS = (64, 128)
-MAX_GROUP = 64
 MAX_SPLITS = 128
 MULTIPROCESSORS = 132
 # Of a multiprocessor: what blocks have for their rings, beside the query and what is small.

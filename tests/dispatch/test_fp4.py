@@ -88,7 +88,7 @@ def test_names_from_the_engines_list_are_told_apart() -> None:
     assert "'cutlass_mla' was in it once" in refusal(decode_backend="cutlass_mla")
 
 
-def test_mha_has_lists_and_no_backend() -> None:
+def test_mha_has_lists_and_a_config_of_its_own() -> None:
     text = refusal(attention="mha", decode_backend="triton")
     assert "'triton', 'torch_native', 'flex_attention' or 'trtllm_mha'" in text
     assert "'trtllm_mha'" in refusal(attention="mha")
