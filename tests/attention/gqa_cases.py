@@ -19,7 +19,7 @@ FORMATS: dict[str, tuple[str, dict[str, float]]] = {
     "fp4": ("fp4_e2m1", {}),
 }
 LENGTHS = [0, 1, 2, 63, 64, 65, 130, 300]
-OUT_ERROR = 3.0e-3  # the rounding of bf16 weights adds to the output's
+OUT_ERROR = 4.5e-3  # a weight's rounding adds to the output's, and in few rows they may agree
 Results = tuple[Any, Any]
 
 
