@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jmla import _implementation
 from jmla.layouts.base import TokenRows
 from jmla.layouts.bf16 import BF16Rows
+from jmla.layouts.bf16_index_keys import BF16IndexKeyRows
 from jmla.layouts.block_scale import BlockScaleRows
 from jmla.layouts.fp4 import FP4Rows
 from jmla.layouts.fp8 import FP8Rows
@@ -258,6 +259,8 @@ def _format(tokens: TokenRows | Array | RawLatents) -> "cache_codec.Format":
             return cache_codec.v4(tokens.rank, tokens.rope_dim, pages=pages)
         case IndexKeyRows():
             return cache_codec.index_keys(tokens.dim, pow2=tokens.scale_format == "pow2")
+        case BF16IndexKeyRows():
+            return cache_codec.latents(tokens.dim, "keys")
         case PagedIndexKeyRows():
             pages = cache_codec.Pages(tokens.page_size or 1, tokens.packed.shape[-1])
             pow2 = tokens.scale_format == "pow2"

@@ -13,6 +13,7 @@ from jmla._mosaic_cache import (
     unsupported_reasons,
 )
 from jmla.layouts.base import KVLayout, Rows, ScaleFormat, TokenRows, check_latents
+from jmla.layouts.bf16_index_keys import BF16IndexKeyRows
 from jmla.layouts.codec import zero_rows
 from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.paged_index_keys import PagedIndexKeyRows
@@ -30,7 +31,7 @@ class Cache:
     """
 
     rows: Rows
-    index_keys: IndexKeyRows | PagedIndexKeyRows | None = None
+    index_keys: IndexKeyRows | PagedIndexKeyRows | BF16IndexKeyRows | None = None
 
     @property
     def layout(self) -> KVLayout:
@@ -69,6 +70,8 @@ def init_cache(
     scale_format: ScaleFormat = "pow2",
     index_dim: int | None = None,
     index_scale_format: ScaleFormat = "fp32",
+    index_hadamard: bool = False,
+    index_bf16: bool = False,
     scale: Array | float | None = None,
 ) -> Cache:
     """A cache of zeros.
@@ -83,6 +86,8 @@ def init_cache(
         scale_format: which scales a block may have; only the block-scale layout looks at it.
         index_dim: length of an index key; None makes a cache without index keys.
         index_scale_format: which scales an index key may have.
+        index_hadamard: whether index keys are rotated by `jmla.hadamard_rotation` before `append`.
+        index_bf16: whether index keys are kept in bf16, as they are, and not in e4m3.
         scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1.
 
     Raises:
@@ -101,7 +106,14 @@ def init_cache(
     )
     if index_dim is None:
         return Cache(rows)
-    return Cache(rows, IndexKeyRows.zeros(shape, dim=index_dim, scale_format=index_scale_format))
+    if index_bf16:
+        if index_hadamard:
+            raise ValueError(f"{index_bf16=} {index_hadamard=}: expected at most one of these")
+        return Cache(rows, BF16IndexKeyRows.zeros(shape, dim=index_dim))
+    index_keys = IndexKeyRows.zeros(
+        shape, dim=index_dim, scale_format=index_scale_format, hadamard=index_hadamard
+    )
+    return Cache(rows, index_keys)
 
 
 def append(

@@ -89,6 +89,8 @@ class Config:
         attention: "mla" or "mha"; "mha" is known so that a refusal can say what to do: a
             `GQAConfig` describes it.
         index_head_dim: length of an index key; None keeps no index keys in the cache.
+        index_hadamard: whether index keys and queries are rotated by a Hadamard matrix before they
+            are quantised.
         attn_sink: whether each head has a learned attention sink.
         hisparse: sizes of a host-resident cache; None keeps the cache on the device.
         platform: "auto" (the machine's), "cpu", "rocm", "tpu" or an NVIDIA architecture: "sm_90".
@@ -114,6 +116,7 @@ class Config:
     scale_format: ScaleFormat = "pow2"
     attention: str = "mla"
     index_head_dim: int | None = 128
+    index_hadamard: bool = False
     attn_sink: bool = False
     hisparse: HiSparseConfig | None = None
     platform: str = "auto"
@@ -145,6 +148,8 @@ class Config:
             names = ", ".join(f"KVLayout.{layout.name}" for layout in KVLayout)
             problems.append(f"{self.layout=}: expected None or one of {names}")
         problems += _backend_problems(self)
+        if not isinstance(self.index_hadamard, bool):
+            problems.append(f"{self.index_hadamard=}: expected True or False")
         if not isinstance(self.attn_sink, bool):
             problems.append(
                 f"{self.attn_sink=}: expected True or False; the sink's values are an argument of "

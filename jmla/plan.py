@@ -58,6 +58,7 @@ class Plan:
             rope_dim=config.rope_dim,
             scale_format=config.scale_format,
             index_dim=self.index_dim,
+            index_hadamard=config.index_hadamard,
         )
 
     def hisparse_sizes(
@@ -108,6 +109,7 @@ class Plan:
             rope_dim=config.rope_dim,
             scale_format=config.scale_format,
             index_dim=self.index_dim,
+            index_hadamard=config.index_hadamard,
         )
 
     def decode_hisparse(

@@ -98,7 +98,7 @@ def test_append_nothing(name):
 
 
 def test_the_format_of_the_cache_decides():
-    options = {"num_pages": 2, "rank": RANK, "rope_dim": ROPE_DIM, "index_dim": INDEX_DIM}
+    options: Any = {"num_pages": 2, "rank": RANK, "rope_dim": ROPE_DIM, "index_dim": INDEX_DIM}
     layout = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE
     x, keys, slots = latents(1), latents(1, width=INDEX_DIM), jnp.zeros(1, jnp.int32)
     for scale_format in ("pow2", "fp32"):

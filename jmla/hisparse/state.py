@@ -79,6 +79,7 @@ def init_state(
     scale_format: ScaleFormat = "pow2",
     index_dim: int | None = None,
     index_scale_format: ScaleFormat = "fp32",
+    index_hadamard: bool = False,
     scale: Array | float | None = None,
     host_memory: HostMemory | None = None,
 ) -> HiSparseState:
@@ -92,6 +93,7 @@ def init_state(
         scale_format: which scales a block may have; only the block-scale layout looks at it.
         index_dim: length of an index key; None makes a state without index keys.
         index_scale_format: which scales an index key may have.
+        index_hadamard: as of `jmla.init_cache`.
         scale: the scale of the whole tensor, for FP8_NOPE_FP8_ROPE alone; None is exactly 1. The
             caches that requests are admitted from must have the same one.
         host_memory: where the host rows are, see `place_rows`; None is "pinned_host" on a GPU and
@@ -115,7 +117,9 @@ def init_state(
     index_keys = None
     if index_dim is not None:
         shape = (sizes.num_pages, sizes.page_size)
-        index_keys = IndexKeyRows.zeros(shape, dim=index_dim, scale_format=index_scale_format)
+        index_keys = IndexKeyRows.zeros(
+            shape, dim=index_dim, scale_format=index_scale_format, hadamard=index_hadamard
+        )
     return HiSparseState(
         zero_host_rows(rows(0), sizes.num_pages, host_memory),
         rows(sizes.num_buffer_pages),

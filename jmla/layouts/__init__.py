@@ -4,6 +4,7 @@ from jmla.layouts.base import KVLayout as KVLayout
 from jmla.layouts.base import Rows as Rows
 from jmla.layouts.base import ScaleFormat as ScaleFormat
 from jmla.layouts.bf16 import BF16Rows as BF16Rows
+from jmla.layouts.bf16_index_keys import BF16IndexKeyRows as BF16IndexKeyRows
 from jmla.layouts.block_scale import BlockScaleRows as BlockScaleRows
 from jmla.layouts.codec import convert as convert
 from jmla.layouts.codec import dequantize as dequantize

@@ -47,6 +47,8 @@ class IndexKeyRows(TokenRows):
         keys: the codes.
         scales: one f32 per token.
         scale_format: which rule the scales follow; static.
+        hadamard: whether keys are rotated by `jmla.hadamard_rotation` before they are quantised, by
+            whoever gives them, as queries then must be; static.
     """
 
     keys: Float8e4m3fn[Array, "*tokens dim"]
@@ -54,6 +56,7 @@ class IndexKeyRows(TokenRows):
     scale_format: ScaleFormat = dataclasses.field(
         kw_only=True, default="fp32", metadata={"static": True}
     )
+    hadamard: bool = dataclasses.field(kw_only=True, default=False, metadata={"static": True})
 
     @property
     def token_leaves(self) -> Mapping[str, tuple[tuple[int, ...], DTypeLike]]:
@@ -71,13 +74,21 @@ class IndexKeyRows(TokenRows):
         return self.dim + _SCALE_BYTES
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], *, dim: int, scale_format: ScaleFormat = "fp32") -> Self:
+    def zeros(
+        cls,
+        shape: tuple[int, ...],
+        *,
+        dim: int,
+        scale_format: ScaleFormat = "fp32",
+        hadamard: bool = False,
+    ) -> Self:
         """Keys of zeros, scales 0, with token axes `shape`."""
         check_scale_format(scale_format)
         if dim < 1:
             raise ValueError(f"{dim=}: expected 1 or more, the length of an index key")
         keys = jnp.zeros((*shape, dim), jnp.float8_e4m3fn)
-        return cls(keys, jnp.zeros(shape, jnp.float32), scale_format=scale_format)
+        scales = jnp.zeros(shape, jnp.float32)
+        return cls(keys, scales, scale_format=scale_format, hadamard=hadamard)
 
     def encode(self, keys: Float[Array, "*tokens dim"]) -> Self:
         """Quantises bf16 or f32 keys to the format of these rows, whose data is not used."""
@@ -126,6 +137,7 @@ def index_keys_from_bytes(
     page_size: int,
     dim: int = 128,
     scale_format: ScaleFormat = "fp32",
+    hadamard: bool = False,
 ) -> IndexKeyRows:
     """The reverse of `IndexKeyRows.pack`, exact: token shape `[*pages, page_size]`.
 
@@ -138,6 +150,7 @@ def index_keys_from_bytes(
         from_u8(keys, jnp.float8_e4m3fn),
         from_u8(scales, jnp.float32)[..., 0],
         scale_format=scale_format,
+        hadamard=hadamard,
     )
 
 

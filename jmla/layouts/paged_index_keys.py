@@ -25,12 +25,14 @@ class PagedIndexKeyRows(PagedTokens):
         page_size: tokens of a page; None for keys that stand alone. Static.
         dim: the length of a key; static.
         scale_format: which rule the scales follow; static.
+        hadamard: see `IndexKeyRows`; static.
     """
 
     dim: int = dataclasses.field(kw_only=True, metadata={"static": True})
     scale_format: ScaleFormat = dataclasses.field(
         kw_only=True, default="fp32", metadata={"static": True}
     )
+    hadamard: bool = dataclasses.field(kw_only=True, default=False, metadata={"static": True})
 
     @property
     def value_bytes(self) -> int:
@@ -64,11 +66,14 @@ class PagedIndexKeyRows(PagedTokens):
             page_size=self.page_size or 1,
             dim=self.dim,
             scale_format=self.scale_format,
+            hadamard=self.hadamard,
         ).reshape(*self.shape)
 
     def unpacked_form(self) -> IndexKeyRows:
         """No keys, of the format of `unpacked`."""
-        return IndexKeyRows.zeros((0,), dim=self.dim, scale_format=self.scale_format)
+        return IndexKeyRows.zeros(
+            (0,), dim=self.dim, scale_format=self.scale_format, hadamard=self.hadamard
+        )
 
     def encode(self, latents: Float[Array, "*tokens dim"]) -> "PagedIndexKeyRows":
         """See `IndexKeyRows.encode`; the keys stand alone."""
@@ -93,6 +98,7 @@ def paged_index_keys(
     page_size: int,
     dim: int = 128,
     scale_format: ScaleFormat = "fp32",
+    hadamard: bool = False,
 ) -> PagedIndexKeyRows:
     """`packed` itself as index keys of token shape `[*pages, page_size]`.
 
@@ -102,6 +108,8 @@ def paged_index_keys(
     check_scale_format(scale_format)
     if page_size < 1 or dim < 1 or packed.ndim == 0:
         raise ValueError(f"{packed.shape=} {page_size=} {dim=}: expected pages of 1 or more keys")
-    keys = PagedIndexKeyRows(packed, page_size=page_size, dim=dim, scale_format=scale_format)
+    keys = PagedIndexKeyRows(
+        packed, page_size=page_size, dim=dim, scale_format=scale_format, hadamard=hadamard
+    )
     keys.check()
     return keys
