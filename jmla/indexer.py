@@ -8,9 +8,10 @@
 `implementation`:
 
 - `"xla"` runs everywhere: products are exact, sums f32.
-- `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0) for queries and keys in e4m3, 1 to
-  64 heads of 64 or 128 values, and pages of any size at multiples of 16 bytes. Its tensor cores add
-  a head's products with fewer bits than f32 has, as they do in every FP8 product of that GPU. It
+- `"mosaic_gpu"` is a kernel for Hopper (compute capability 9.0) for queries and keys both in e4m3
+  or both in bf16, 1 to 64 heads of 64 or 128 values, and pages of any size at multiples of 16
+  bytes. Its tensor cores add a head's products of e4m3 with fewer bits than f32 has, as they do in
+  every FP8 product of that GPU. It
   holds nothing beside its result, but for `PagedIndexKeyRows` that stand alone, which it unpacks
   first. It has no derivative. A call that it does not serve raises NotImplementedError with every
   reason. Any machine can trace and lower it, to compile it ahead of time.
@@ -19,7 +20,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from jaxtyping import Array, Float, Int
 from jmla import _mosaic_logits
 from jmla._checks import check_int32
 from jmla._implementation import choose
-from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
+from jmla.layouts.bf16_index_keys import BF16IndexKeyRows
+from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.paged_index_keys import PagedIndexKeyRows
 from jmla.topk import paged_indices
 
@@ -38,38 +40,8 @@ _BLOCK_KEYS = 4096
 _CPU_BLOCK_PRODUCTS = 1 << 20
 _BLOCK_PRODUCTS = 1 << 26
 
-_Keys = IndexKeyRows | PagedIndexKeyRows
+_Keys = IndexKeyRows | PagedIndexKeyRows | BF16IndexKeyRows
 _OTHERS = ("xla",)
-
-
-def quantize_index_query(
-    q: Float[Array, "*t heads dim"],
-    weights: Float[Array, "*t heads"],
-    *,
-    scale_format: Literal["pow2", "fp32"] = "pow2",
-) -> tuple[Float[Array, "*t heads dim"], Float[Array, "*t heads"]]:
-    """Index queries in fp8, their scales moved into the head weights.
-
-    Each head of each token is quantised by the rule of the index keys (`quantize_index_keys`): a
-    relu commutes with a positive scale, so the weight can carry it.
-
-    Args:
-        q: bf16 or f32 `[..., heads, dim]`.
-        weights: `[..., heads]`, with every constant factor of the model already in.
-        scale_format: `"pow2"` (what published checkpoints were trained with) or `"fp32"`.
-
-    Returns:
-        `(q, weights)`: e4m3 `[..., heads, dim]` and f32 `[..., heads]`.
-
-    Raises:
-        ValueError: `weights` has not the shape of `q` without its last axis.
-    """
-    if q.shape[:-1] != weights.shape:
-        raise ValueError(
-            f"{q.shape=}, {weights.shape=}: expected [..., heads, dim] and [..., heads]"
-        )
-    rows = quantize_index_keys(q, scale_format=scale_format)
-    return rows.keys, weights.astype(jnp.float32) * rows.scales
 
 
 def indexer_logits(
@@ -79,6 +51,8 @@ def indexer_logits(
     starts: Int[Array, " t"],
     ends: Int[Array, " t"],
     *,
+    first: int = 0,
+    last: int = 0,
     implementation: str | None = None,
 ) -> Float[Array, "t s"]:
     """Logits of contiguous keys, -inf outside each query's window `[starts, ends)`.
@@ -92,6 +66,8 @@ def indexer_logits(
         keys: token shape `[s]`. Those outside every window may hold anything, NaN included.
         starts: int32 `[t]`, first key of each window; below 0 means 0.
         ends: int32 `[t]`, one past the last; above `s` means `s`; not above `starts` means empty.
+        first: keys at the start of a window whose logits are +inf, so that they are chosen.
+        last: keys at its end, likewise.
         implementation: see the module.
 
     Returns:
@@ -106,9 +82,10 @@ def indexer_logits(
         raise ValueError(f"{keys.shape=}: expected token shape [s]; keys.flat() merges pages")
     check_int32("starts", starts, q.shape[:1])
     check_int32("ends", ends, q.shape[:1])
+    check_forced(first, last)
     if _takes_kernel(q, keys, implementation):
         queries = _mosaic_logits.Queries(q[None], weights[None], starts[None], ends[None], None)
-        return _mosaic_logits.logits(queries, keys)[0]
+        return _mosaic_logits.logits(queries, keys, _mosaic_logits.Forced(first, last))[0]
     (num_keys,) = keys.shape
     count, size = _split(num_keys, _BLOCK_KEYS)
     extra = count * size - num_keys
@@ -126,7 +103,11 @@ def indexer_logits(
     logits = _per_platform(tiled, q, weights, blocks)[:, :num_keys]
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     inside = (column >= starts[:, None]) & (column < ends[:, None])
-    return jnp.where(inside, logits, -jnp.inf)
+    logits = jnp.where(inside, logits, -jnp.inf)
+    if not first and not last:
+        return logits
+    starts, ends = jnp.maximum(starts, 0), jnp.minimum(ends, num_keys)
+    return force_tokens(logits, ends - starts, first=first, last=last, row_starts=starts)
 
 
 def paged_indexer_logits(
@@ -136,6 +117,8 @@ def paged_indexer_logits(
     page_table: Int[Array, "b pages"],
     lengths: Int[Array, "b s_q"],
     *,
+    first: int = 0,
+    last: int = 0,
     implementation: str | None = None,
 ) -> Float[Array, "b s_q positions"]:
     """Logits of each request's own pages, in the order of its positions.
@@ -149,6 +132,8 @@ def paged_indexer_logits(
         keys: token shape `[pages, page_size]`. Pages that no request uses may hold anything.
         page_table: int32 `[b, max_pages]`; entries past a request's end may hold anything.
         lengths: int32 `[b, s_q]`, how many positions each query sees.
+        first: positions from 0 on whose logits are +inf where the query sees them.
+        last: positions before the length, likewise.
         implementation: see the module.
 
     Returns:
@@ -159,21 +144,16 @@ def paged_indexer_logits(
         ValueError: wrong shapes or dtypes.
         NotImplementedError: the named implementation cannot serve the call; all reasons are given.
     """
-    _check_query(q, weights, keys, rank=4)
-    if len(keys.shape) != 2:
-        raise ValueError(f"{keys.shape=}: expected token shape [pages, page_size]")
+    check_paged(q, weights, keys, page_table, lengths)
     b, s_q, heads, _ = q.shape
-    if page_table.ndim != 2:
-        raise ValueError(f"{page_table.shape=}: expected [b, max_pages]")
-    check_int32("page_table", page_table, (b, page_table.shape[1]))
-    check_int32("lengths", lengths, (b, s_q))
+    check_forced(first, last)
     page_size = keys.shape[1]
     num_positions = page_table.shape[1] * page_size
     if 0 in (b, s_q, num_positions):
         return jnp.zeros((b, s_q, num_positions), jnp.float32)
     if _takes_kernel(q, keys, implementation):
         queries = _mosaic_logits.Queries(q, weights, None, lengths, page_table)
-        return _mosaic_logits.logits(queries, keys)
+        return _mosaic_logits.logits(queries, keys, _mosaic_logits.Forced(first, last))
 
     positions = lax.broadcasted_iota(jnp.int32, (b, num_positions), 1)
     slots = paged_indices(positions, page_table, page_size=page_size)
@@ -197,7 +177,10 @@ def paged_indexer_logits(
     logits = _per_platform(tiled, q, weights, blocks)[:, :, :num_positions]
     in_cache = (slots >= 0) & (slots < keys.num_slots)
     seen = (positions[:, None, :] < lengths[:, :, None]) & in_cache[:, None, :]
-    return jnp.where(seen, logits, -jnp.inf)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    if not first and not last:
+        return logits
+    return force_tokens(logits, jnp.minimum(lengths, num_positions), first=first, last=last)
 
 
 def force_tokens(
@@ -223,8 +206,7 @@ def force_tokens(
     Raises:
         ValueError: wrong shapes or dtypes, or a negative `first` or `last`.
     """
-    if first < 0 or last < 0:
-        raise ValueError(f"{first=}, {last=}: expected numbers of tokens, at least 0")
+    check_forced(first, last)
     check_int32("lengths", lengths, logits.shape[:-1])
     position = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     if row_starts is not None:
@@ -233,6 +215,23 @@ def force_tokens(
     inside = (position >= 0) & (position < lengths[..., None])
     forced = (position < first) | (position >= lengths[..., None] - last)
     return jnp.where(inside & forced, jnp.inf, logits)
+
+
+def check_paged(q: Array, weights: Array, keys: _Keys, page_table: Array, lengths: Array) -> None:
+    """Raises ValueError unless these are arguments of `paged_indexer_logits`."""
+    _check_query(q, weights, keys, rank=4)
+    if len(keys.shape) != 2:
+        raise ValueError(f"{keys.shape=}: expected token shape [pages, page_size]")
+    if page_table.ndim != 2:
+        raise ValueError(f"{page_table.shape=}: expected [b, max_pages]")
+    check_int32("page_table", page_table, (len(q), page_table.shape[1]))
+    check_int32("lengths", lengths, q.shape[:2])
+
+
+def check_forced(first: int, last: int) -> None:
+    """Raises ValueError for negative numbers of tokens."""
+    if first < 0 or last < 0:
+        raise ValueError(f"{first=}, {last=}: expected numbers of tokens, at least 0")
 
 
 def _check_query(q: Array, weights: Array, keys: _Keys, *, rank: int) -> None:

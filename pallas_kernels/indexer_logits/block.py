@@ -15,19 +15,21 @@ from pallas_kernels.device.simt import (
 )
 from pallas_kernels.device.sync import BYTES, Barriers
 from pallas_kernels.indexer_logits.shape import Shape
-from pallas_kernels.indexer_logits.tuning import QUERY_SLOTS, TILE, TILE_BYTES, Tuning
+from pallas_kernels.indexer_logits.tuning import QUERY_SLOTS, TILE, Tuning
 
 WARPS = 4  # of a warpgroup
 
 
 def shared_bytes(tuning: Tuning) -> dict[str, int]:
     """The arrays in shared memory and their sizes."""
+    scores = {"scores": tuning.handed_on * TILE * 4} if tuning.handed_on else {}
     return {
-        "tiles": tuning.stages * TILE_BYTES,
+        "tiles": tuning.stages * tuning.tile_bytes,
         "queries": QUERY_SLOTS * tuning.query_bytes,
         "scales": tuning.stages * TILE * 4,
         "pages": tuning.stages * TILE * 4,
-        "barriers": 2 * BYTES * (tuning.stages + QUERY_SLOTS),
+        **scores,
+        "barriers": 2 * BYTES * (tuning.stages + QUERY_SLOTS + tuning.handed_on),
     }
 
 
@@ -58,10 +60,12 @@ class Block:
         self._arrays = arrays
         end = self.shared["barriers"]
         made = []
-        for count in (tuning.stages, tuning.stages, QUERY_SLOTS, QUERY_SLOTS):
-            made.append(Barriers(end, count))
-            end = end + count * BYTES
-        self.full, self.empty, self.query_full, self.query_empty = made
+        for count in (tuning.stages, QUERY_SLOTS, tuning.handed_on):
+            for _ in range(2):
+                made.append(Barriers(end, count))
+                end = end + count * BYTES
+        self.full, self.empty, self.query_full, self.query_empty, *scores = made
+        self.score_full, self.score_empty = scores
 
     def initialise(self) -> None:
         """By one thread of the block; all must meet afterwards."""
@@ -71,15 +75,17 @@ class Block:
             self.empty.initialise(WARPS * self.tuning.sets)
             self.query_full.initialise(WARPGROUP)
             self.query_empty.initialise(WARPS * self.tuning.scorers)
+            self.score_full.initialise(WARPS)
+            self.score_empty.initialise(WARPS)
 
         when(block_thread().equals(0), once)
         ptx("fence.mbarrier_init.release.cluster;")
         ptx("bar.sync 0;", convergent=True)
 
+    def score_slot(self, index: Value) -> tuple[Value, Value]:
+        """Where the logits of this block's tile of that number are handed on: slot and phase."""
+        return index % self.tuning.handed_on, (index // self.tuning.handed_on) & 1
+
     def array(self, name: str) -> Value:
         """The address of an array in global memory."""
         return global_address(self._arrays[name])
-
-    def has_array(self, name: str) -> bool:
-        """Whether the launch has an array of that name."""
-        return name in self._arrays

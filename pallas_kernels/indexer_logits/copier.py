@@ -31,8 +31,9 @@ from pallas_kernels.device.sync import Ring
 from pallas_kernels.indexer_logits.block import Block
 from pallas_kernels.indexer_logits.schedule import Group, Schedule, Share
 from pallas_kernels.indexer_logits.shape import SCALE_BYTES, UNIT
-from pallas_kernels.indexer_logits.tuning import QUERY_SLOTS, TILE, TILE_BYTES
+from pallas_kernels.indexer_logits.tuning import QUERY_SLOTS, TILE
 
+_CHUNKS = wgmma.ROW_BYTES // CHUNK
 _FILLED = 16  # stores of a thread for one row at a time
 
 
@@ -41,9 +42,11 @@ class Copier:
 
     def __init__(self, block: Block) -> None:
         self.block, self.thread = block, block.thread
-        self.lanes = block.shape.dim // CHUNK  # that copy a row together
+        self.lanes = block.shape.row_bytes // CHUNK  # that copy a row together
         self.rows = WARP // self.lanes  # that a warp copies at once
         self.chunk, self.row = self.thread.lane & (self.lanes - 1), self.thread.lane // self.lanes
+        # Rows of shared memory have 8 chunks: those behind are in rows of their own.
+        self.half, self.place = self.chunk // _CHUNKS, self.chunk % _CHUNKS
 
     def page_entry(self, group: Group, tile: Value) -> Value:
         """Where the page table has the page of this thread's key, or of the last one there is."""
@@ -72,22 +75,24 @@ class Copier:
         position = tile * TILE + self.thread.index
         seen = (position < group.end) & page.below(keys.pages)
         page, row = select(seen, page, i32(0)), select(seen, position % keys.page_size, i32(0))
-        units = page * (keys.page_bytes // UNIT) + row * (shape.dim // UNIT)
+        units = page * (keys.page_bytes // UNIT) + row * (shape.row_bytes // UNIT)
         units = select(seen, units, i32(-1))
         first_row = self.thread.warp * WARP
-        place = shared["tiles"] + stage * TILE_BYTES + first_row * wgmma.ROW_BYTES
+        place = shared["tiles"] + stage * self.block.tuning.tile_bytes
+        place = place + (self.half * TILE + first_row) * wgmma.ROW_BYTES
         source = self.block.array("keys") + (self.chunk * CHUNK).wide()
         for step in range(WARP // self.rows):
             own = self.row + self.rows * step
             named = shuffle(units, own)
             copy(
-                place + own * wgmma.ROW_BYTES + ((self.chunk ^ (own & 7)) << 4),
+                place + own * wgmma.ROW_BYTES + ((self.place ^ (own & 7)) << 4),
                 source + maximum(named, 0).wide() * UNIT,
                 copied_bytes(named),
             )
         word = (stage * TILE + self.thread.index) * WORD
         size = select(seen, i32(WORD), i32(0))
-        copy_word(shared["scales"] + word, self._scale(page, row), size)
+        if not shape.bf16:
+            copy_word(shared["scales"] + word, self._scale(page, row), size)
         if shape.max_pages is not None:
             copy_word(shared["pages"] + word, self.page_entry(group, tile), i32(WORD))
 
@@ -102,6 +107,7 @@ class Copier:
         """Begins to copy the heads of a group's queries, with zeros for those there are not."""
         shape, tuning = self.block.shape, self.block.tuning
         place = self.block.shared["queries"] + slot * tuning.query_bytes
+        place = place + self.half * (tuning.query_rows * wgmma.ROW_BYTES)
         rows = WARPGROUP // self.lanes
         own = self.thread.index // self.lanes
         for step in range(-(-tuning.group * tuning.padded_heads // rows)):
@@ -110,8 +116,10 @@ class Copier:
             named = (query < group.size) & (head < shape.heads)
             index = select(named, (group.query + query) * shape.heads + head, i32(0))
             copy(
-                place + row * wgmma.ROW_BYTES + ((self.chunk ^ (row & 7)) << 4),
-                self.block.array("q") + index.wide() * shape.dim + (self.chunk * CHUNK).wide(),
+                place + row * wgmma.ROW_BYTES + ((self.place ^ (row & 7)) << 4),
+                self.block.array("q")
+                + index.wide() * shape.row_bytes
+                + (self.chunk * CHUNK).wide(),
                 select(named, i32(CHUNK), i32(0)),
             )
 
@@ -158,7 +166,7 @@ class Copier:
 
 
 def copier(block: Block) -> None:
-    """Copies all tiles of this block, as stages become free."""
+    """Copies all tiles of this block, as stages become free, and fills the rest of the result."""
     copies, schedule = Copier(block), Schedule(block)
 
     def one(share: Share, carry: list[Value]) -> list[Value]:
@@ -184,5 +192,6 @@ def copier(block: Block) -> None:
         return [*stage, *slot]
 
     schedule.for_each([*Ring.start(block.tuning.stages).values(), *Ring.start(2).values()], one)
-    copies.fill(schedule)
+    if not block.tuning.handed_on:
+        copies.fill(schedule)
     ptx("cp.async.wait_all;")

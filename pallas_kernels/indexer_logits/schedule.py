@@ -89,7 +89,7 @@ class Schedule:
 
         def join(i: Value, start: Value, end: Value) -> list[Value]:
             window = self.window(query + i)
-            sees = window.end > window.start
+            sees = window.end > window.start + shape.longer_than
             return [
                 minimum(start, select(sees, window.start, start)),
                 maximum(end, select(sees, window.end, end)),

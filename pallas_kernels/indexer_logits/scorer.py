@@ -7,7 +7,7 @@ Keys are the rows of a product and the heads of some queries its columns, so tha
 from collections.abc import Sequence
 
 from pallas_kernels.device import wgmma
-from pallas_kernels.device.memory import load_global, load_shared, store_shared_where
+from pallas_kernels.device.memory import load_global, load_shared, store_shared, store_shared_where
 from pallas_kernels.device.simt import (
     Value,
     branch,
@@ -26,7 +26,7 @@ from pallas_kernels.device.simt import (
 from pallas_kernels.device.sync import Ring, proxy_fence
 from pallas_kernels.indexer_logits.block import Block
 from pallas_kernels.indexer_logits.schedule import Schedule, Share, Window
-from pallas_kernels.indexer_logits.tuning import PRODUCT, PRODUCTS, QUERY_SLOTS, TILE, TILE_BYTES
+from pallas_kernels.indexer_logits.tuning import PRODUCT, PRODUCTS, QUERY_SLOTS, TILE
 
 _K_BYTES = 32  # of a row, that one product multiplies
 _CHAINS = 2  # of sums for one query and key, so that one need not wait for the other
@@ -40,8 +40,10 @@ class Queries:
         shape, tuning, group = block.shape, block.tuning, share.group
         self.exists: list[Value] = []
         self.windows: list[Window] = []
-        row = (group.query + first).wide() * i64(4 * shape.columns)
-        self.out = block.array("out") + row
+        self.out: Value | None = None
+        if not tuning.handed_on:
+            row = (group.query + first).wide() * i64(4 * shape.columns)
+            self.out = block.array("out") + row
         self.weights: list[list[Value]] = []
         for i in range(first, first + tuning.queries):
             query = group.query + minimum(i32(i), group.size - 1)
@@ -69,7 +71,7 @@ def _weights(block: Block, query: Value) -> list[Value]:
 
 
 def scorer(block: Block, number: int) -> None:
-    """Writes the logits of one set of queries for every tile, or for every other one."""
+    """Gives the logits of one set of queries for every tile, or for every other one."""
     tuning, schedule = block.tuning, Schedule(block)
     turns = tuning.scorers // tuning.sets
     turn, chosen = number // tuning.sets, number % tuning.sets
@@ -89,7 +91,7 @@ def scorer(block: Block, number: int) -> None:
                 ring = Ring(tuning.stages, *stage)
                 when(
                     (index % turns).equals(turn),
-                    lambda: _score(block, queries, tile, place, ring),
+                    lambda: _score(block, queries, tile, place, ring, index),
                 )
                 return [index + 1, *ring.next().values()]
 
@@ -103,12 +105,23 @@ def scorer(block: Block, number: int) -> None:
     schedule.for_each([i32(0), *stages, *Ring.start(QUERY_SLOTS).values()], one)
 
 
-def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring) -> None:
-    """The logits of a tile, whose stage is free afterwards; `place` is that of the heads."""
+def _score(
+    block: Block, queries: Queries, tile: Value, place: Value, ring: Ring, index: Value
+) -> None:
+    """The logits of a tile, whose stage is free afterwards.
+
+    Args:
+        block: this one.
+        queries: of the warpgroup.
+        tile: its number in the request.
+        place: of the queries' heads in shared memory.
+        ring: at the stage of the tile.
+        index: of the tile among the block's.
+    """
     shape, thread = block.shape, block.thread
     block.full.wait(ring.slot, ring.phase)
     proxy_fence()
-    keys = block.shared["tiles"] + ring.slot * TILE_BYTES
+    keys = block.shared["tiles"] + ring.slot * block.tuning.tile_bytes
     rows = PRODUCT * wgmma.ROW_BYTES
     running = [_product(block, keys + i * rows, place) for i in range(PRODUCTS)]
     # After the sums are joined, a thread has one key: of its two rows by the lower bit of its
@@ -116,7 +129,10 @@ def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring
     row = thread.warp * 16 + thread.quad + ((thread.column & 1) << 3)
     row = row + (thread.column >> 1) * PRODUCT
     word = (ring.slot * TILE + row) * 4
-    (scale,) = load_shared(block.shared["scales"] + word, "f")
+    # Half of a sum, which is of twice the products.
+    half = f32(0.5)
+    if not shape.bf16:
+        half = load_shared(block.shared["scales"] + word, "f")[0] * 0.5
     position = tile * TILE + row
     exists = position < shape.columns
     in_cache = exists
@@ -129,29 +145,52 @@ def _score(block: Block, queries: Queries, tile: Value, place: Value, ring: Ring
         if i == PRODUCTS - 1:
             block.empty.arrive_warp(ring.slot, thread)
         sums.append(_weighted(done, queries.weights))
-    line = queries.out + position.wide() * 4
+    if queries.out is not None:
+        line = queries.out + position.wide() * 4
+    else:
+        slot, phase = block.score_slot(index)
+        block.score_empty.wait(slot, phase ^ 1)
+        handed = block.shared["scores"] + (slot * TILE + row) * 4
     for query, value in enumerate(_joined(sums, thread.column)):
         window = queries.windows[query]
         seen = (position >= window.start) & (position < window.end) & in_cache
-        # Half of the sum, which is of twice the products.
-        logit = select(seen, value * (scale * 0.5), f32(float("-inf")))
-        store_shared_where(
-            queries.exists[query] & exists,
-            line + query * 4 * shape.columns,
-            [logit.as_i32()],
-            space="global",
-        )
+        logit = select(seen, value * half, f32(float("-inf")))
+        if shape.first or shape.last:
+            forced = position < window.start + shape.first
+            forced = forced | (position >= window.end - shape.last)
+            within = (position >= window.start) & (position < window.end)
+            logit = select(forced & within, f32(float("inf")), logit)
+        if queries.out is not None:
+            store_shared_where(
+                queries.exists[query] & exists,
+                line + query * 4 * shape.columns,
+                [logit.as_i32()],
+                space="global",
+            )
+        else:
+            store_shared(handed, [logit])
+    if queries.out is None:
+        block.score_full.arrive_warp(slot, thread)
 
 
 def _product(block: Block, keys: Value, queries: Value) -> list[Value]:
     """Of 64 keys and the heads of some queries, issued, not finished."""
     # Opaque, or the descriptors of all steps would be kept in registers.
     a, b = wgmma.descriptor(opaque(keys)), wgmma.descriptor(opaque(queries))
-    wgmma.begin([])
-    acc = wgmma.first_e4m3_step(block.tuning.columns, a, b)
-    for k in range(1, block.shape.dim // _K_BYTES):
-        offset = k * _K_BYTES >> 4
-        acc = wgmma.e4m3_step(acc, a + offset, b + offset)
+    shape, tuning = block.shape, block.tuning
+    acc = wgmma.begin([f32(0.0)] * (tuning.columns // 2) if shape.bf16 else [])
+    for k in range(shape.row_bytes // _K_BYTES):
+        half, within = divmod(k * _K_BYTES, wgmma.ROW_BYTES)
+        left = a + ((half * TILE * wgmma.ROW_BYTES + within) >> 4)
+        right = b + ((half * tuning.query_rows * wgmma.ROW_BYTES + within) >> 4)
+        if shape.bf16:
+            acc = wgmma.step_from_shared(
+                acc, left, right, dtype="bf16", b_is_k_major=True, replace=k == 0
+            )
+        elif k == 0:
+            acc = wgmma.first_e4m3_step(tuning.columns, left, right)
+        else:
+            acc = wgmma.e4m3_step(acc, left, right)
     wgmma.commit()
     return acc
 

@@ -43,6 +43,10 @@ class Shape:
         keys: where they lie.
         max_pages: of a request; None for one request whose positions are the keys in order.
         has_starts: whether windows begin elsewhere than at the first position.
+        first: keys at the start of a window whose logits are +inf.
+        last: keys at its end, likewise.
+        bf16: whether queries and keys are, and keys have no scales; else e4m3.
+        longer_than: keys of a window that is scored: no logits of shorter ones are wanted.
     """
 
     requests: int
@@ -53,3 +57,12 @@ class Shape:
     keys: Keys
     max_pages: int | None
     has_starts: bool
+    first: int = 0
+    last: int = 0
+    bf16: bool = False
+    longer_than: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a key, and of a head of a query."""
+        return self.dim * (2 if self.bf16 else 1)

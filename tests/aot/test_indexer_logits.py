@@ -15,7 +15,7 @@ import json, sys
 import jax
 import jax.numpy as jnp
 from jmla import indexer_logits, paged_indexer_logits
-from jmla.layouts import IndexKeyRows, paged_index_keys
+from jmla.layouts import BF16IndexKeyRows, IndexKeyRows, paged_index_keys
 from tests.aot.h200 import bytes_of, on_h200
 
 def shaped(*shape, dtype=jnp.int32):
@@ -27,6 +27,9 @@ def leaves(*shape, dim):
 def packed(pages, page_size, dim):
     page = shaped(pages, page_size * (dim + 4), dtype=jnp.uint8)
     return jax.eval_shape(lambda page: paged_index_keys(page, page_size=page_size, dim=dim), page)
+
+def keys_dtype(form):
+    return jnp.bfloat16 if form == "bf16" else jnp.float8_e4m3fn
 
 temporary = []
 for form, *sizes, heads, dim in json.loads(sys.argv[1]):
@@ -42,10 +45,12 @@ for form, *sizes, heads, dim in json.loads(sys.argv[1]):
     else:
         requests, queries, pages, page_size = sizes
         keys = leaves(9000, page_size, dim=dim)
+        if form == "bf16":
+            keys = jax.eval_shape(lambda: BF16IndexKeyRows.zeros((9000, page_size), dim=dim))
         if form == "packed":
             keys = packed(9000, page_size, dim)
         operands = [
-            shaped(requests, queries, heads, dim, dtype=jnp.float8_e4m3fn),
+            shaped(requests, queries, heads, dim, dtype=keys_dtype(form)),
             shaped(requests, queries, heads, dtype=jnp.float32),
             keys,
             shaped(requests, pages),
@@ -65,6 +70,8 @@ CASES = [
     ("packed", 64, 2, 512, 64, 64, 128),
     ("leaves", 3, 7, 99, 53, 37, 64),
     ("packed", 1, 1, 40, 16, 1, 128),
+    ("bf16", 64, 1, 512, 64, 64, 128),
+    ("bf16", 3, 7, 99, 53, 37, 64),
     ("ragged", 4096, 32768, 64, 128),
     ("ragged", 4096, 32769, 32, 128),
     ("ragged", 1000, 5000, 9, 64),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jmla import _mosaic_logits
+from jmla._mosaic_logits import NONE_FORCED, Forced
 from tests.emulator.kernels import kernels
 from tests.selection.index_cases import Case, paged, ragged
 
@@ -20,14 +21,21 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MULTIPROCESSORS", 3)
 
 
-def check(case: Case, **how: Any) -> None:
-    given, operands = _mosaic_logits.arguments(case.queries, case.keys)
+def check(case: Case, forced: Forced = NONE_FORCED, **how: Any) -> None:
+    given, operands = _mosaic_logits.arguments(case.queries, case.keys, forced)
     keys = shapes.Keys(**dataclasses.asdict(given.keys))
     shape = shapes.Shape(**{**vars(given), "keys": keys})
     chosen = dataclasses.replace(tuning.choose(shape), stages=3, **how)
     arrays = {name: np.asarray(each) for name, each in operands.items()}
     got = call.indexer_logits(shape, arrays, tuning=chosen)
     wanted = case.expected()
+    starts = case.queries.starts
+    first = np.zeros_like(case.queries.ends) if starts is None else np.maximum(starts, 0)
+    end = np.minimum(case.queries.ends, wanted.shape[-1])
+    position, first, end = np.arange(wanted.shape[-1]), first[..., None], end[..., None]
+    within = (position >= first) & (position < end)
+    at_ends = (position < first + forced.first) | (position >= end - forced.last)
+    wanted[within & at_ends] = np.inf
     np.testing.assert_allclose(got.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -42,6 +50,18 @@ def test_pages_of_another_engine_and_two_queries():
 def test_pages_of_any_size_heads_of_any_number_and_sets_of_queries():
     ends = [[90, 91, 92, 93, 94], [300, 0, 17, 260, 1]]
     check(paged(ends, max_pages=31, page_size=10, heads=37, dim=64, missing=2))
+
+
+def test_forced_tokens():
+    """Also where the cache has no page, and in windows that are shorter."""
+    check(paged([[300, 4], [0, 640]], max_pages=10, heads=4, missing=2), Forced(3, 70))
+    check(ragged([0, 200, -5], [130, 390, 7], 391, heads=4), Forced(0, 9))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keys_in_bf16(dim: int):
+    ends = [[300, 301], [0, 7], [640, 64]]
+    check(paged(ends, max_pages=10, form="bf16", heads=20, dim=dim, missing=2))
 
 
 def test_windows_of_one_buffer():

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jmla._mosaic_logits import Keys, Queries
+from jmla.layouts.bf16_index_keys import BF16IndexKeyRows
 from jmla.layouts.index_keys import IndexKeyRows
 from jmla.layouts.paged_index_keys import paged_index_keys
 
@@ -83,7 +84,7 @@ def paged(
     page_size: int = 64,
     heads: int = 64,
     dim: int = 128,
-    form: Literal["leaves", "packed"] = "leaves",
+    form: Literal["leaves", "packed", "bf16"] = "leaves",
     extra_bytes: int = 0,
     missing: int = 0,
     seed: int = 0,
@@ -116,6 +117,20 @@ def paged(
     codes, scales = (np.asarray(part) for part in (keys.keys, keys.scales))
     rows = codes[chosen].reshape(requests, total, dim), scales[chosen].reshape(requests, total)
     where: Keys = keys
+    if form == "bf16":
+        # Numbers that e4m3 does not have.
+        exact = codes.astype(np.float32) * 1.01
+        stored = BF16IndexKeyRows(jnp.asarray(exact, jnp.bfloat16))
+        own = np.asarray(stored.keys)[chosen].reshape(requests, total, dim)
+        q, weights = _query(rng, requests, queries, heads, dim)
+        given = Queries(
+            (q.astype(jnp.float32) * 1.01).astype(jnp.bfloat16),
+            weights / _STD,
+            None,
+            jnp.asarray(ends),
+            jnp.asarray(table),
+        )
+        return Case(given, stored, own, np.ones((requests, total), np.float32), in_cache)
     if form == "packed":
         packed = np.full((pages, page_size * (dim + 4) + extra_bytes), 0xFF, np.uint8)
         behind = page_size * dim

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 import jmla
-from jmla.indexer import force_tokens, quantize_index_query
+from jmla.index_query import quantize_index_query
+from jmla.indexer import force_tokens
 from jmla.layouts.index_keys import IndexKeyRows, quantize_index_keys
 from jmla.topk import select_topk
 from tests.helpers import assert_close

@@ -50,7 +50,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(kernels, "indexer_logits", stand_in)
     # A function of its own: traces of another test call another stand-in.
-    fresh = jax.jit(lambda *given: _mosaic_logits._mapped(*given))
+    fresh = jax.jit(lambda *given: _mosaic_logits._mapped(*given), static_argnums=2)
     monkeypatch.setattr(_mosaic_logits, "_compiled", fresh)
     return seen
 
@@ -99,6 +99,7 @@ def test_the_kernel_gets_what_the_call_says(name: str, shapes: list[Any]):
 
 def test_tokens_that_stand_alone_are_unpacked_first(shapes: list[Any]):
     case = ragged([0, 2], [30, 9], 32, heads=2)
+    assert isinstance(case.keys, IndexKeyRows)
     paged_keys = paged_index_keys(case.keys.reshape(2, 16).pack(), page_size=16)
     alone = paged_keys.gather(jnp.arange(32, dtype=jnp.int32))
     got = scored(dataclasses.replace(case, keys=alone))

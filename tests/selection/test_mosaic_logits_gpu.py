@@ -28,7 +28,7 @@ def check(case: Case) -> np.ndarray:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 13, 16, 32, 33, 48, 63, 64])
-@pytest.mark.parametrize("form", ["leaves", "packed"])
+@pytest.mark.parametrize("form", ["leaves", "packed", "bf16"])
 def test_heads(heads: int, form: Any):
     ends = [[1000], [0], [64], [-7], [1 << 30], [3]]
     check(paged(ends, max_pages=33, heads=heads, form=form, missing=2, seed=heads))
@@ -44,11 +44,13 @@ def test_queries_of_a_request(queries: int, heads: int):
 
 @pytest.mark.parametrize("page_size", [1, 2, 7, 53, 64, 128, 256, 1000])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_pages_of_any_size(page_size: int, dim: int):
+@pytest.mark.parametrize("form", ["leaves", "bf16"])
+def test_pages_of_any_size(page_size: int, dim: int, form: Any):
     rng = np.random.default_rng(page_size)
     pages = -(-3000 // page_size)
     ends = rng.integers(0, pages * page_size + 2, (5, 1))
-    check(paged(ends, max_pages=pages, page_size=page_size, dim=dim, missing=3, heads=40))
+    where: Any = {"page_size": page_size, "dim": dim, "form": form}
+    check(paged(ends, max_pages=pages, missing=3, heads=40, **where))
 
 
 @pytest.mark.parametrize(
