@@ -8,12 +8,18 @@ from jmla.dispatch.fp4 import FP4CompatibilityError
 from jmla.dispatch.resolve import alternatives, resolve, valid_pairs
 from jmla.gqa import gqa_decode
 from jmla.gqa_plan import GQAPlan
+from jmla.index_query import (
+    RawIndexQueries,
+    hadamard_rotation,
+    prepare_index_query,
+    quantize_index_query,
+)
 from jmla.indexer import (
     force_tokens,
     indexer_logits,
     paged_indexer_logits,
-    quantize_index_query,
 )
+from jmla.indexer_topk import expand_pools, paged_indexer_topk, pool_index_keys
 from jmla.layouts import (
     IndexKeyRows,
     KeyValueRows,
@@ -54,6 +60,7 @@ __all__ = [
     "KVLayout",
     "KeyValueRows",
     "Plan",
+    "RawIndexQueries",
     "RawLatents",
     "Rows",
     "alternatives",
@@ -61,9 +68,11 @@ __all__ = [
     "convert",
     "dense_decode",
     "dequantize",
+    "expand_pools",
     "force_tokens",
     "from_bytes",
     "gqa_decode",
+    "hadamard_rotation",
     "identity_topk",
     "indexer_logits",
     "init_cache",
@@ -71,7 +80,10 @@ __all__ = [
     "merge",
     "move_pages",
     "paged_indexer_logits",
+    "paged_indexer_topk",
     "paged_indices",
+    "pool_index_keys",
+    "prepare_index_query",
     "quantize",
     "quantize_index_keys",
     "quantize_index_query",

@@ -175,7 +175,10 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Counts of numbers below `BINS`, in shared memory."""
+    """Counts of numbers below `BINS`, in shared memory.
+
+    It must be empty before the first count, and `find` leaves it so.
+    """
 
     block: Block
 
@@ -191,8 +194,8 @@ class Histogram:
         """The bin in which the `need`-th largest number is, after a barrier.
 
         Returns:
-            The bin, how many numbers are in bins above it, and how many are in it. The first
-            barrier after this one is before anything of this may be called again.
+            The bin, how many numbers are in bins above it, and how many are in it. It may be
+            counted again at once; a barrier must be before the next call of this.
         """
         block = self.block
         own = BINS // block.threads
@@ -201,6 +204,8 @@ class Histogram:
         counts = [
             word for offset in range(0, own, 4) for word in load_shared(address, "rrrr", 4 * offset)
         ]
+        for offset in range(0, own, 4):
+            store_shared(address, [i32(0)] * 4, 4 * offset)
         total = counts[0]
         for each in counts[1:]:
             total = total + each

@@ -1,22 +1,18 @@
 """The launch."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
-import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.device.memory import global_address, shared_address
-from pallas_kernels.device.simt import Value, i32, scalar, when
+from pallas_kernels.device.simt import Value, i32, when
 from pallas_kernels.select_topk.block import BINS, HEADER, Block
 from pallas_kernels.select_topk.emit import write_first
 from pallas_kernels.select_topk.filter import select_filtered
+from pallas_kernels.select_topk.launch import launch_rows
 from pallas_kernels.select_topk.resident import select_resident
 from pallas_kernels.select_topk.shape import PagedSlots, RaggedRows, Shape
-from pallas_kernels.select_topk.tuning import WARPGROUP, Resident, Tuning, choose
+from pallas_kernels.select_topk.tuning import Resident, Tuning, choose
 
 
 def select_topk(
@@ -48,60 +44,27 @@ def select_topk(
     """
     rows, columns = scores.shape
     shape = Shape(rows, columns, k, starts is not None, conversion)
-    given = {"scores": scores, "lengths": lengths, "starts": starts, **(operands or {})}
-    return _launch(shape, tuning or choose(shape), [given[name] for name in shape.operands])
-
-
-def _launch(shape: Shape, tuning: Tuning, operands: list[Any]) -> Array:
-    names = (*shape.operands, "out")
+    given = {"scores": scores, "lengths": lengths, **(operands or {})}
+    if starts is not None:
+        given["starts"] = starts
+    tuning = tuning or choose(shape)
     sizes = {
         "header": HEADER,
         "histogram": BINS,
         "bits": shape.words(tuning.threads),
         "kept": 2 * tuning.capacity,
     }
-
-    def kernel(*refs: Any) -> None:
-        place = [lax.axis_index(axis) for axis in ("row", *cluster.get("cluster_names", ()))]
-
-        @plgpu.inline_mgpu(
-            arg_types=(
-                [plgpu.RefType() for _ in names],
-                plgpu.RefType(),
-                [plgpu.Layout.WG_SPLAT for _ in place],
-            )
-        )
-        def emit(_: Any, arrays: Any, shared: Any, place: Any) -> None:
-            addresses = dict(zip(names, map(global_address, arrays), strict=True))
-            part = scalar(place[1]) if len(place) > 1 else i32(0)
-            base = shared_address(shared)
-            block = Block.of(shape, tuning.threads, sizes, base, addresses, scalar(place[0]))
-            _select_row(block, tuning, part)
-
-        emit(list(refs[: len(names)]), refs[len(names)], place)
-
-    # A cluster of one block is not the same as none: it takes longer to start.
-    cluster: dict[str, Any] = {}
-    if tuning.blocks > 1:
-        cluster = {"cluster": (tuning.blocks,), "cluster_names": ("part",)}
-    (out,) = plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((shape.rows, shape.k), jnp.int32),),
-        # One axis: the others end at 65535.
-        grid=(shape.rows,),
-        grid_names=("row",),
-        num_threads=tuning.threads // WARPGROUP,
-        thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((sum(sizes.values()),), jnp.int32)],
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        **cluster,
-    )(*operands)
-    return out
+    return launch_rows(
+        shape,
+        {name: given[name] for name in shape.operands},
+        sizes,
+        functools.partial(_select_row, tuning),
+        threads=tuning.threads,
+        blocks=tuning.blocks,
+    )
 
 
-def _select_row(block: Block, tuning: Tuning, part: Value) -> None:
+def _select_row(tuning: Tuning, block: Block, part: Value) -> None:
     whole = i32(block.shape.k) >= block.window.length
     when(whole & part.equals(0), lambda: write_first(block))
     if isinstance(tuning, Resident):

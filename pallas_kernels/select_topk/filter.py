@@ -11,10 +11,8 @@ from pallas_kernels.device.simt import (
     branch,
     divide,
     f32,
-    float_to_int,
     i32,
     int_to_float,
-    square_root,
     when,
 )
 from pallas_kernels.device.sync import arrive_cluster, wait_cluster
@@ -27,6 +25,7 @@ from pallas_kernels.select_topk.keeping import (
     Keeper,
     bound_of_sample,
     largest,
+    rank_and_room,
 )
 from pallas_kernels.select_topk.sources import Group, Row, load_group
 from pallas_kernels.select_topk.tuning import Filtered
@@ -36,6 +35,7 @@ def select_filtered(block: Block, tuning: Filtered, part: Value) -> None:
     """The result of a window that is longer than k, by the blocks of a cluster."""
     row = Row(block, tuning.vectors, part, tuning.blocks)
     when(part.equals(0), lambda: block.clear("bits", block.shape.words(block.threads)))
+    Histogram(block).clear()
     Keeper.clear(block)
     shared = tuning.blocks > 1
     if shared:
@@ -94,8 +94,4 @@ def _guess(block: Block, tuning: Filtered) -> Bound:
             Histogram(block).count(*code(key))
 
     part = divide(f32(float(vectors * size)), int_to_float(window.length))
-    expected = part * shape.k
-    # A binomial count of that mean is above this once in millions, and then costs time alone.
-    rank = float_to_int(expected + square_root(expected) * 5.0) + 8
-    room = float_to_int(part * (0.75 * tuning.capacity))
-    return bound_of_sample(block, count, rank, room)
+    return bound_of_sample(block, count, *rank_and_room(part, shape.k, tuning.capacity))

@@ -16,12 +16,14 @@ from pallas_kernels.device.simt import (
     Value,
     bool_to_int,
     branch,
+    float_to_int,
     i32,
     maximum_of_warp,
     maximum_unsigned,
     opaque,
     select,
     shuffle,
+    square_root,
     sum_below,
     when,
 )
@@ -52,6 +54,8 @@ class Bound(NamedTuple):
 def bound_of_sample(block: Block, count: CountSample, rank: Value, room: Value) -> Bound:
     """The `rank`-th largest key of a sample, to 12 bits, or more if too many share them.
 
+    The histogram must be empty, after a barrier.
+
     Args:
         block: whose threads all call it.
         count: see `CountSample`.
@@ -61,8 +65,6 @@ def bound_of_sample(block: Block, count: CountSample, rank: Value, room: Value) 
     histogram = Histogram(block)
 
     def find(code: Callable[[Value], tuple[Value, Value]], need: Value) -> Sequence[Value]:
-        histogram.clear()
-        block.sync()
         count(code)
         block.sync()
         return histogram.find(need)
@@ -89,6 +91,14 @@ def bound_of_sample(block: Block, count: CountSample, rank: Value, room: Value) 
 
     key, tied = branch(room < above + inside, [high << _HIGH, i32(0)], refine)
     return Bound(select(key.below(LOWEST), i32(LOWEST), key), tied)
+
+
+def rank_and_room(part: Value, k: int, capacity: int) -> tuple[Value, Value]:
+    """What `bound_of_sample` is asked for, of a sample of that part of all keys."""
+    expected = part * k
+    # A binomial count of that mean is above this once in millions, and then costs time alone.
+    rank = float_to_int(expected + square_root(expected) * 5.0) + 8
+    return rank, float_to_int(part * (0.75 * capacity))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +162,7 @@ class Keeper:
         up_to = sum_below(count, self.block.lane)
 
         def store() -> None:
-            (before,) = branch(
-                self.block.lane.equals(WARP - 1),
-                [i32(0)],
-                lambda: [fetch_add_shared(self.header + _COUNT, up_to, self.space)],
-            )
-            place = shuffle(before, WARP - 1) + up_to - count
+            place = reserve(self.header + _COUNT, count, up_to, self.block.lane, self.space)
             for key, column, hit in wanted():
                 fits = hit & place.below(self.capacity)
                 store_shared_where(fits, self.kept + (place << 3), [key, column], self.space)
@@ -176,6 +181,29 @@ def kept(block: Block) -> tuple[Value, Value]:
     """How many keys were wanted, and the largest of all keys, after a barrier."""
     count, top = load_shared(block.shared["header"] + _COUNT, "rr")
     return count, top
+
+
+def reserve(
+    counter: Value, count: Value, up_to: Value, lane: Value, space: str = "shared"
+) -> Value:
+    """The first of as many places as a thread wants, by one addition for the warp.
+
+    Args:
+        counter: the address of how many places are taken.
+        count: how many this thread wants.
+        up_to: `sum_below` of that.
+        lane: this thread's.
+        space: how PTX calls the memory of the counter.
+    """
+    (before,) = branch(
+        lane.equals(WARP - 1), [i32(0)], lambda: [fetch_add_shared(counter, up_to, space)]
+    )
+    return shuffle(before, WARP - 1) + up_to - count
+
+
+def set_kept(block: Block, count: Value) -> None:
+    """So many are kept from the block's next barrier on; by one thread."""
+    store_shared(block.shared["header"] + _COUNT, [count])
 
 
 def largest(groups: Iterable[Group], top: Value) -> Value:

@@ -31,9 +31,11 @@ def select_resident(block: Block, tuning: Resident) -> None:
     """The result of a window that is longer than k."""
     source = Registers.load(block, tuning.vectors)
     block.clear("bits", block.shape.words(block.threads))
+    Histogram(block).clear()
     if tuning.capacity:
         _by_sample(block, tuning, source)
     else:
+        block.sync()
         mark(block, source, search(block, source, i32(LOWEST), i32(-1), i32(block.shape.k)))
     block.sync()
     write_marked(block)

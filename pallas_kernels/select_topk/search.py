@@ -37,6 +37,8 @@ class Threshold(NamedTuple):
 def search(block: Block, source: Source, lowest: Value, highest: Value, need: Value) -> Threshold:
     """What takes exactly `need` of the keys between two bounds.
 
+    The histogram must be empty, after a barrier.
+
     Args:
         block: whose threads all call it.
         source: of the keys.
@@ -45,7 +47,7 @@ def search(block: Block, source: Source, lowest: Value, highest: Value, need: Va
         need: how many of those between, where no fewer are.
     """
     histogram = Histogram(block)
-    shift = _less(bit_length(highest - lowest), DIGIT)
+    shift = coarse_shift(lowest, highest)
 
     def narrow(
         _: Value,
@@ -85,6 +87,11 @@ def search(block: Block, source: Source, lowest: Value, highest: Value, need: Va
         lambda: [last_column(block, source, key, need)],
     )
     return Threshold(key, last)
+
+
+def coarse_shift(lowest: Value, highest: Value) -> Value:
+    """By how many bits the numbers between two must be shifted to be those of bins."""
+    return _less(bit_length(highest - lowest), DIGIT)
 
 
 def mark(block: Block, source: Source, threshold: Threshold) -> None:
@@ -135,12 +142,9 @@ def last_column(block: Block, source: Source, equal: Value, need: Value) -> Valu
 def _count(
     block: Block, source: Source, count: Callable[[Iterable[Group]], None], need: Value
 ) -> Sequence[Value]:
-    histogram = Histogram(block)
-    histogram.clear()
-    block.sync()
     source.each(count)
     block.sync()
-    return histogram.find(need)
+    return Histogram(block).find(need)
 
 
 def _less(a: Value, b: int) -> Value:

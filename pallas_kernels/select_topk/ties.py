@@ -37,8 +37,6 @@ def take_equals(row: Row, equal: Value, need: Value) -> Value:
             total = block.total(own)
 
             def find() -> Sequence[Value]:
-                histogram.clear()
-                block.sync()
                 for group, number in zip(groups, numbers, strict=True):
                     for key in group.keys:
                         histogram.count(i32(BINS - 1) - number, key.equals(equal))
