@@ -23,6 +23,8 @@ class MLAConfig:
         index_n_heads: indexer heads; 0 for a model without an indexer (dense attention).
         index_head_dim: width of an indexer key.
         index_topk: tokens a query attends to.
+        index_init_tokens: first tokens of a request that every query attends to.
+        index_local_tokens: last tokens before a query, itself included, that it attends to.
         rope: rotary frequencies of keys and queries.
         index_rope_interleaved: pair order of the indexer's rotary part (DeepSeek-V3.2: False).
         norm_eps: epsilon of every normalisation here.
@@ -38,6 +40,8 @@ class MLAConfig:
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 2048
+    index_init_tokens: int = 0
+    index_local_tokens: int = 0
     rope: Rope = field(default_factory=Rope)
     index_rope_interleaved: bool = False
     norm_eps: float = 1e-6
@@ -57,6 +61,12 @@ class MLAConfig:
             )
         if self.index_n_heads and self.index_topk < 1:
             raise ValueError(f"{self.index_topk=}: expected a positive number.")
+        forced = min(self.index_init_tokens, self.index_local_tokens)
+        if forced < 0 or self.index_init_tokens + self.index_local_tokens > self.index_topk:
+            raise ValueError(
+                f"{self.index_init_tokens=}, {self.index_local_tokens=}: expected numbers of "
+                f"tokens, together at most {self.index_topk=}."
+            )
 
     @property
     def latent_dim(self) -> int:

@@ -13,7 +13,10 @@ from jmla.batch import BatchMeta
 from jmla.cache import Cache, append
 from jmla.hisparse.lifecycle import append as append_to_host
 from jmla.hisparse.state import HiSparseState
-from jmla.indexer import indexer_logits, paged_indexer_logits, quantize_index_query
+from jmla.index_query import hadamard_rotation, prepare_index_query, quantize_index_query
+from jmla.indexer import indexer_logits
+from jmla.indexer_topk import paged_indexer_topk
+from jmla.layouts import BF16IndexKeyRows, IndexKeyRows, PagedIndexKeyRows
 from jmla.model.config import MLAConfig
 from jmla.model.mla import (
     IndexerInputs,
@@ -28,6 +31,8 @@ from jmla.topk import select_topk
 
 # Most f32 logits that a prefill holds at once: 512 MiB. At least those of one token.
 _MOST_LOGITS = 1 << 27
+
+_Keys = IndexKeyRows | PagedIndexKeyRows | BF16IndexKeyRows
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +100,8 @@ def mla_attention(
             "resolve the plan with index_head_dim=None, or with dense backends."
         )
     keys = indexer.keys if indexer is not None and keeps_index_keys else None
+    if keys is not None and cache.index_keys is not None and cache.index_keys.hadamard:
+        keys = hadamard_rotation(keys)
     cache = _append(cache, batch, projected, keys, phase)
     choice = plan.prefill if phase == "prefill" else plan.decode
     if positions is None and choice.index_transform != "PAGE_TABLE":
@@ -109,6 +116,8 @@ def mla_attention(
             batch,
             config.index_topk,
             phase=phase,
+            first=config.index_init_tokens,
+            last=config.index_local_tokens,
             # The op has no code of its own for a reference.
             implementation="xla" if choice.implementation == "reference" else choice.implementation,
         )
@@ -128,6 +137,8 @@ def choose_positions(
     k: int,
     *,
     phase: Phase,
+    first: int = 0,
+    last: int = 0,
     implementation: str | None = None,
 ) -> Int[Array, "t k"]:
     """The `k` positions of its own request that the indexer rates highest for each token.
@@ -140,7 +151,9 @@ def choose_positions(
         phase: "decode" scores pages where they lie; "prefill" lays the keys of all requests back
             to back once for all tokens. Its logits have a column for each slot of the page table,
             and it takes so many tokens at a time that they are at most 2**27, or those of one.
-        implementation: of `jmla.indexer_logits` and `jmla.select_topk`.
+        first: tokens at the start of its request that a token is given in any case.
+        last: tokens before it, itself included, likewise.
+        implementation: of `jmla.prepare_index_query`, the logits and the selection.
 
     Returns:
         int32 `[tokens, k]`, -1 for none.
@@ -155,31 +168,57 @@ def choose_positions(
             "cache.index_keys is None: the indexer has nothing to score; make the cache with an "
             "index_dim (Config.index_head_dim)."
         )
-    queries, weights = quantize_index_query(indexer.queries, indexer.weights)
+    queries, weights = _prepared(indexer, keys, implementation=implementation)
     tokens = queries.shape[0]
     if phase == "decode":
         requests = batch.seq_lens.shape[0]
         by_request = (requests, tokens // max(requests, 1))
-        logits = paged_indexer_logits(
+        positions = paged_indexer_topk(
             queries.reshape(*by_request, *queries.shape[1:]),
             weights.reshape(*by_request, *weights.shape[1:]),
             keys,
             batch.page_table,
             batch.lengths.reshape(by_request),
+            k,
+            first=first,
+            last=last,
             implementation=implementation,
         )
-        logits = logits.reshape(tokens, -1)
-        return select_topk(logits, batch.lengths, k, implementation=implementation)
+        return positions.reshape(tokens, k)
     columns = batch.page_table.size * batch.page_size
     rows = keys.gather(batch.ragged_slots(columns))
 
     def choose(each: tuple[Array, ...]) -> Array:
         queries, weights, starts, ends, lengths = each
-        logits = indexer_logits(queries, weights, rows, starts, ends, implementation=implementation)
+        logits = indexer_logits(
+            queries,
+            weights,
+            rows,
+            starts,
+            ends,
+            first=first,
+            last=last,
+            implementation=implementation,
+        )
         return select_topk(logits, lengths, k, row_starts=starts, implementation=implementation)
 
     tokenwise = (queries, weights, batch.window_starts, batch.window_ends, batch.lengths)
     return _in_blocks(choose, tokenwise, max(1, _MOST_LOGITS // max(1, columns)))
+
+
+def _prepared(
+    indexer: IndexerInputs, keys: _Keys, *, implementation: str | None
+) -> tuple[Array, Array]:
+    """Queries of the kind of the keys, and their head weights."""
+    if isinstance(keys, BF16IndexKeyRows):
+        return indexer.queries.astype(jnp.bfloat16), indexer.weights
+    hadamard = keys.hadamard
+    if indexer.raw_queries is not None:
+        return prepare_index_query(
+            indexer.raw_queries, hadamard=hadamard, implementation=implementation
+        )
+    queries = hadamard_rotation(indexer.queries) if hadamard else indexer.queries
+    return quantize_index_query(queries, indexer.weights)
 
 
 def _in_blocks(

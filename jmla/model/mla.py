@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jmla.index_query import RawIndexQueries
 from jmla.model.config import MLAConfig
 from jmla.norm import layer_norm, rms_norm
 from jmla.raw_latents import RawLatents
-from jmla.rope import apply_rope, cos_sin, rotate
+from jmla.rope import cos_sin, rotate
 
 MLAParams = dict[str, Array]
 
@@ -25,14 +26,17 @@ class IndexerInputs:
     """What the lightning indexer needs of each token.
 
     Attributes:
-        queries: `[tokens, index_n_heads, index_head_dim]`, rotated.
+        queries: `[tokens, index_n_heads, index_head_dim]`, rotated by position.
         weights: f32 `[tokens, index_n_heads]`, both scale factors of the logits folded in.
-        keys: `[tokens, index_head_dim]`, normalised and rotated.
+        keys: `[tokens, index_head_dim]`, normalised and rotated by position.
+        raw_queries: queries before they are rotated, with what one kernel needs to make them ready;
+            None where there are none.
     """
 
     queries: Float[Array, "t hi di"]
     weights: Float[Array, "t hi"]
     keys: Float[Array, "t di"]
+    raw_queries: RawIndexQueries | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -145,19 +149,31 @@ def _indexer_inputs(
     # The indexer learns from the attention distribution alone: its loss must not move the model.
     x, q_low = jax.lax.stop_gradient((x, q_low))
 
+    cos, sin = cos_sin(positions, config.rope, config.qk_rope_head_dim)
+    interleaved = config.index_rope_interleaved
+
     def rotate_front(a: Array) -> Array:
         front, back = jnp.split(a, [config.qk_rope_head_dim], axis=-1)
-        front = apply_rope(front, positions, config.rope, interleaved=config.index_rope_interleaved)
+        front = rotate(front, cos, sin, interleaved=interleaved)
         return jnp.concatenate([front, back], axis=-1)
 
     keys = layer_norm(
         x @ params["index_k"], params["index_k_gain"], params["index_k_bias"], config.norm_eps
     )
     weights = jnp.einsum("td,dh->th", x, params["index_w"], preferred_element_type=jnp.float32)
+    weights = weights * (config.index_n_heads * config.index_head_dim) ** -0.5
+    raw = RawIndexQueries(
+        jnp.einsum("tq,qhd->thd", q_low, params["index_q"]),
+        weights,
+        cos,
+        sin,
+        interleaved=interleaved,
+    )
     return IndexerInputs(
-        queries=rotate_front(jnp.einsum("tq,qhd->thd", q_low, params["index_q"])),
-        weights=weights * (config.index_n_heads * config.index_head_dim) ** -0.5,
+        queries=raw.rotated(),
+        weights=weights,
         keys=rotate_front(keys),
+        raw_queries=raw,
     )
 
 
