@@ -1,9 +1,9 @@
 """One decode step of a layer from index queries to attention, beside the sum of the peers' kernels.
 
-Index queries are quantised, new tokens appended, the cached keys scored, the best selected as
-slots, and attended to: all in one jit, into a cache that is updated in place. The peers'
-kernels, one after the other, are DeepGEMM's logits, SGLang's fast_topk_transform and FlashMLA's
-sparse decode; quantising the query and appending are not among them.
+Index queries are rotated and quantised, new tokens appended, the cached keys scored, the best
+selected as slots, and attended to: all in one jit, into a cache that is updated in place. The
+peers' kernels, one after the other, are DeepGEMM's logits, SGLang's fast_topk_transform and
+FlashMLA's sparse decode; preparing the query and appending are not among them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Int
 from rich.table import Table
 
 import jmla
@@ -26,10 +26,11 @@ from benchmarks.inputs import QUERY_STD, SM_SCALE, random_cache
 from benchmarks.peers import FlashMLA
 from benchmarks.records import Environment, cell, to_json_line
 from benchmarks.timing import MeasurementError, Timer
-from jmla import Cache, KVLayout
-from jmla.layouts import paged_index_keys, quantize_index_keys
+from jmla import Cache, KVLayout, RawIndexQueries
+from jmla.layouts import PagedIndexKeyRows, paged_index_keys, quantize_index_keys
+from jmla.rope import Rope, cos_sin
 
-PAGE, DIM, WIDTH = 64, 128, 576
+PAGE, DIM, WIDTH, ROPE_DIM = 64, 128, 576, 64
 ROW_BYTES = 656
 _LARGEST_ERROR = 0.05
 _KEYS_PER_STEP = 1 << 16
@@ -125,8 +126,7 @@ class Inputs:
 
     Attributes:
         q: bf16 [b, 1, heads, 576].
-        index_q: bf16 [b, index_heads, 128].
-        weights: f32 [b, index_heads].
+        index_q: bf16 [b, index_heads, 128] with their weights, before they are rotated.
         latents: bf16 [b, 576], of the new tokens.
         keys: bf16 [b, 128], of the same.
         slots: int32 [b], where they are stored: each request's last.
@@ -135,8 +135,7 @@ class Inputs:
     """
 
     q: BFloat16[Array, "b 1 h width"]
-    index_q: BFloat16[Array, "b index_h dim"]
-    weights: Float[Array, "b index_h"]
+    index_q: RawIndexQueries
     latents: BFloat16[Array, "b width"]
     keys: BFloat16[Array, "b dim"]
     slots: Int[Array, " b"]
@@ -152,31 +151,25 @@ def step(
     cache: Cache, inputs: Inputs, *, topk: int, implementation: Any
 ) -> tuple[Cache, BFloat16[Array, "b 1 h 512"], Int[Array, "b topk"]]:
     """The cache with the new tokens, what their queries attend to, and where."""
-    queries, weights = jmla.quantize_index_query(inputs.index_q, inputs.weights)
+    queries, weights = jmla.prepare_index_query(inputs.index_q, implementation=implementation)
     cache = jmla.append(
         cache, inputs.slots, inputs.latents, inputs.keys, implementation=implementation
     )
     assert cache.index_keys is not None
-    logits = jmla.paged_indexer_logits(
+    slots = jmla.paged_indexer_topk(
         queries[:, None],
         weights[:, None],
         cache.index_keys,
         inputs.page_table,
         inputs.lengths[:, None],
-        implementation=implementation,
-    )
-    slots = jmla.select_paged_indices(
-        logits[:, 0],
-        inputs.lengths,
         topk,
-        inputs.page_table,
-        page_size=PAGE,
+        slots=True,
         implementation=implementation,
     )
     out, _ = jmla.sparse_decode(
-        inputs.q, cache.rows, slots[:, None], sm_scale=SM_SCALE, implementation=implementation
+        inputs.q, cache.rows, slots, sm_scale=SM_SCALE, implementation=implementation
     )
-    return cache, out, slots
+    return cache, out, slots[:, 0]
 
 
 class Stepper:
@@ -268,8 +261,8 @@ class Bench:
         self, case: Case, cache: Cache, inputs: Inputs, slots: Array
     ) -> tuple[float, float]:
         scorer = DeepGEMM.load()
-        queries, weights = jmla.quantize_index_query(inputs.index_q, inputs.weights)
-        assert cache.index_keys is not None
+        queries, weights = jmla.prepare_index_query(inputs.index_q)
+        assert isinstance(cache.index_keys, PagedIndexKeyRows)
         select = scorer.selecting_call(
             queries[:, None],
             weights[:, None],
@@ -300,8 +293,12 @@ def draw(case: Case) -> tuple[Cache, Inputs]:
 
     inputs = Inputs(
         q=normal(1, case.b, 1, case.heads, WIDTH, scale=QUERY_STD),
-        index_q=normal(2, case.b, case.index_heads, DIM),
-        weights=normal(3, case.b, case.index_heads).astype(jnp.float32),
+        index_q=RawIndexQueries(
+            normal(2, case.b, case.index_heads, DIM),
+            normal(3, case.b, case.index_heads).astype(jnp.float32),
+            *cos_sin(jnp.full(case.b, case.s_kv - 1), Rope(), ROPE_DIM),
+            interleaved=False,
+        ),
         latents=normal(4, case.b, WIDTH),
         keys=normal(5, case.b, DIM),
         slots=jnp.asarray(last, jnp.int32),

@@ -98,6 +98,7 @@ CASES = (
     Case(64, 32768, s_q=2),
     Case(64, 32768, heads=32),
     Case(64, 32768, topk=2048),
+    Case(128, 32768, topk=2048),
     Case(64, 131072, topk=2048),
     Case(4096, 32768, "ragged"),
 )
@@ -239,19 +240,13 @@ class Bench:
 def _run(case: Case, implementation: str | None, *operands: Any) -> Array:
     if case.form == "ragged":
         return jmla.indexer_logits(*operands, implementation=implementation)
-    logits = jmla.paged_indexer_logits(*operands, implementation=implementation)
     if not case.topk:
-        return logits
-    *_, page_table, lengths = operands
-    return jmla.select_paged_indices(
-        logits.reshape(-1, logits.shape[-1]),
-        lengths.reshape(-1),
-        case.topk,
-        page_table,
-        page_size=PAGE,
-        requests=jnp.repeat(jnp.arange(case.b, dtype=jnp.int32), case.s_q),
-        implementation=implementation,
+        return jmla.paged_indexer_logits(*operands, implementation=implementation)
+    q, weights, keys, page_table, lengths = operands
+    slots = jmla.paged_indexer_topk(
+        q, weights, keys, page_table, lengths, case.topk, slots=True, implementation=implementation
     )
+    return slots.reshape(-1, case.topk)
 
 
 def draw(case: Case) -> list[Operands]:
