@@ -159,8 +159,9 @@ def test_vmap_and_derivatives():
         out, lse = gqa_decode(q, rows, table, lengths, sm_scale=0.1, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(lse)
 
-    ours, xla = (jax.grad(loss)(q, each) for each in ("mosaic_gpu", "xla"))
-    assert_close(ours, xla, abs_tol=2e-2, rel_tol=2e-2)
+    ours, xla = (np.asarray(jax.grad(loss)(q, each), np.float32) for each in ("mosaic_gpu", "xla"))
+    # What reaches the derivative is the output in bf16, which may be the next number here.
+    assert np.linalg.norm(ours - xla) <= 1e-2 * np.linalg.norm(xla)
 
 
 def test_none_is_the_kernel_here():

@@ -37,8 +37,9 @@ def random_residency(
     ]
     buffer_table = buffer_table.reshape(sizes.requests, -1).astype(np.int32)
     lost = rng.integers(0, sizes.max_pages)
-    page_table[0, lost], page_table[2, lost // 2] = -1, sizes.num_pages
-    buffer_table[2, -2], buffer_table[0, 1] = -1, sizes.num_buffer_pages
+    other = min(2, sizes.requests - 1)
+    page_table[0, lost], page_table[other, lost // 2] = -1, sizes.num_pages
+    buffer_table[other, -2], buffer_table[0, 1] = -1, sizes.num_buffer_pages
     assert context >= sizes.max_length
     tables = jnp.asarray(page_table), jnp.asarray(buffer_table)
     return Residency(*tables, jnp.asarray(tokens), jnp.asarray(lru), sizes), lengths
