@@ -38,7 +38,7 @@ _COMPATIBILITY = """\
 By the serving engines' words for a cache: **kernel** runs on a device kernel on `sm_90` (Hopper)
 and on XLA elsewhere, **XLA** runs on XLA everywhere, **some** is a kernel for some of the layouts
 of that dtype, **no** is refused by `jmla.resolve` with the reason and what is accepted instead.
-Every cell that is not **no** is run on a Hopper by a test that takes its cases from this table.
+Every cell that is not **no** has a test for a Hopper, which takes its cases from this table.
 
 MLA keeps latents, as a `jmla.Config` says; MHA, with grouped query heads or not, keeps keys and
 values of several heads, as a `jmla.GQAConfig` says. Prompts of MHA need no backend of jmla: their
