@@ -1,19 +1,13 @@
 """The kernels that write and convert rows, compiled for an H200: no spills, no copy of a cache."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.aot.h200 import sharding
-from tests.aot.test_kernels import assert_good
+from tests.aot.ptxas import assert_good, compiled
 
-# The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
 import functools, json, sys
 import jax
@@ -102,19 +96,7 @@ BLOCK = "FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE"
 def test_no_spills_and_no_copies(
     tmp_path: Path, layout: str, options: dict[str, Any], packed: bool
 ):
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([layout, options, packed])],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    stored, programs = json.loads(run.stdout.splitlines()[-1])
-    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    (stored, programs), said = compiled(COMPILE, [layout, options, packed], tmp_path)
     assert len(said) >= 4
     assert_good(said)
     for name, (temporary, reused, kernels, text) in programs.items():

@@ -1,17 +1,14 @@
 """What ptxas makes of the kernels of dense decode: no spills, products that overlap, no copies."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jmla.layouts import KVLayout
-from tests.aot.h200 import sharding
-from tests.aot.test_kernels import BLOCK, MIB, assert_good
+from tests.aot import ptxas
+from tests.aot.ptxas import assert_good
+from tests.aot.test_kernels import BLOCK, MIB
 
 COMPILE = """
 import json, sys
@@ -39,18 +36,7 @@ def compiled(
     folder: Path, layout: KVLayout, options: dict[str, Any], shapes: list[tuple[int, int, int, int]]
 ) -> tuple[list[int], list[str]]:
     """Temporary bytes of each program, and what ptxas said of each kernel."""
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([layout.name, options, shapes])],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), [p.read_text() for p in folder.glob("*.ptxas")]
+    return ptxas.compiled(COMPILE, [layout.name, options, shapes], folder)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,12 @@
 """What ptxas makes of the kernels of grouped-query decode: no spills, two blocks at a time."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.aot.h200 import sharding
-from tests.aot.test_kernels import MIB, assert_good
+from tests.aot.ptxas import assert_good, compiled
+from tests.aot.test_kernels import MIB
 
 COMPILE = """
 import json, sys
@@ -46,19 +42,8 @@ SHORT_HEADS, ONE_REQUEST = (256, 3, 24, 2, 64, 1), (1, 1, 64, 4, 128, 64)
     ],
 )
 def test_kernels(tmp_path: Path, dtype: str, shapes: list[tuple[int, ...]]):
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([dtype, shapes])],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    temporary = dict(zip(shapes, json.loads(run.stdout.splitlines()[-1]), strict=True))
-    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    printed, said = compiled(COMPILE, [dtype, shapes], tmp_path)
+    temporary = dict(zip(shapes, printed, strict=True))
     assert_good(said)
     parts = temporary.pop(ONE_REQUEST, None)
     assert len(said) == len(shapes) + (parts is not None), "the parts of one request are joined"

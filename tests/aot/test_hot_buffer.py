@@ -1,18 +1,12 @@
 """Decode steps over host-resident caches, compiled for an H200: no spills, no copy of any rows."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.aot.h200 import sharding
-from tests.aot.test_kernels import assert_good
+from tests.aot.ptxas import assert_good, compiled
 
-# The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
 import json, sys
 import jax
@@ -83,19 +77,8 @@ BLOCK = "FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE"
     ids=["one token", "drafts"],
 )
 def test_no_spills_and_no_copies(tmp_path: Path, cases: list[tuple[str | int, ...]]):
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(cases)],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert_good([path.read_text() for path in tmp_path.glob("*.ptxas")])
-    programs = json.loads(run.stdout.splitlines()[-1])
+    programs, said = compiled(COMPILE, cases, tmp_path)
+    assert_good(said)
     for i, (temporary, reused, stored, kernels, text) in enumerate(programs):
         # A step has one that says where its tokens go, one for the swap, and one each for host
         # rows, buffer rows and index keys; an admission has these three.

@@ -1,15 +1,9 @@
 """What ptxas makes of the kernel of index logits: no spills, and XLA adds no copy of the keys."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.aot.h200 import sharding
+from tests.aot.ptxas import assert_good, compiled
 
-# The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
 import json, sys
 import jax
@@ -80,21 +74,7 @@ CASES = [
 
 
 def test_forms_of_keys_and_numbers_of_heads(tmp_path: Path):
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(CASES)],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    temporary, said = compiled(COMPILE, CASES, tmp_path)
     assert len(said) == len(CASES)
-    for text in said:
-        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert set(spilled) == {("0", "0")}, text
-        assert "serializ" not in text, text
-    assert max(json.loads(run.stdout.splitlines()[-1])) < 1 << 16
+    assert_good(said)
+    assert max(temporary) < 1 << 16

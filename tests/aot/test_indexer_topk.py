@@ -1,15 +1,9 @@
 """What ptxas makes of the kernels of index queries and of the joined choice: no spills."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.aot.h200 import sharding
+from tests.aot.ptxas import assert_good, compiled
 
-# The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
 import json, sys
 import jax
@@ -70,25 +64,11 @@ KERNELS = 2 + 2 * 3
 
 
 def test_queries_and_joined_choices(tmp_path: Path):
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(CASES)],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    temporary, said = compiled(COMPILE, CASES, tmp_path)
     assert len(said) == KERNELS
-    for text in said:
-        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert set(spilled) == {("0", "0")}, text
-        assert "serializ" not in text, text
+    assert_good(said)
     # The candidates of some requests and of all blocks, 48 KiB each; logits would be more.
     requests = [int(case[1]) for case in CASES if case[0] != "query"]
     bounds = [1 << 16] * 2 + [(count + 132) * 49152 + (1 << 16) for count in requests]
-    for size, bound in zip(json.loads(run.stdout.splitlines()[-1]), bounds, strict=True):
+    for size, bound in zip(temporary, bounds, strict=True):
         assert size <= bound

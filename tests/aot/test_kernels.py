@@ -1,22 +1,17 @@
 """What ptxas makes of the Hopper kernels: no spills, products that overlap, no copied cache."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jmla.layouts import KVLayout
-from tests.aot.h200 import sharding
+from tests.aot import ptxas
+from tests.aot.ptxas import assert_good
 
 MIB = 1 << 20
 BLOCK = KVLayout.FP8_NOPE_WITH_BLOCK_SCALE_BF16_ROPE
 
-# The dumps are switched on before JAX is imported, so in a process of their own.
 COMPILE = """
 import json, sys
 import jax
@@ -59,25 +54,7 @@ def compiled(
     op: str = "sparse_decode",
 ) -> tuple[list[int], list[str]]:
     """Temporary bytes of each program, and what ptxas said of each kernel."""
-    sharding()  # skips where there is nothing to compile with
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([op, layout.name, options, shapes])],
-        env=os.environ | dumps,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), [p.read_text() for p in folder.glob("*.ptxas")]
-
-
-def assert_good(said: list[str]) -> None:
-    for text in said:
-        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert spilled == [("0", "0")], text
-        assert "serialized" not in text, text
+    return ptxas.compiled(COMPILE, [op, layout.name, options, shapes], folder)
 
 
 @pytest.mark.parametrize(
